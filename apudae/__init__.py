@@ -1,0 +1,22 @@
+"""Adversarial purification with denoising autoencoders (Kalaria, Hazra, Chakrabarti 2022), and what is left of it.
+
+The contracts, stated once:
+
+- Images are float32 tensors (n, channels, height, width) with values in [0, 1]; labels are int64 (n,).
+- Models return logits and normalise inside, so attacks and purifiers see pixels.
+- `attack(model, x, y, *, epsilon, …) -> x_adv` is a pure function: inside the ε-ball and [0, 1]; weights, their gradients
+  and the model's mode are as before; device and dtype are kept.
+- `purify(dae, x, config) -> x_pur`; `Purifier(dae, config, backward="none")` is a module, so
+  `nn.Sequential(Purifier(…), classifier)` is a classifier that any attack library can attack. `steps=0` is the identity.
+- Randomness comes from an explicit seed or CPU generator. An image's result never depends on its batch.
+- Wrong input raises ValueError: what was given, what is needed and, for a name, what there is.
+"""
+
+from . import _torchvision  # noqa: F401  first: torchvision cannot always be imported without it
+from . import attacks
+from .checkpoints import load_model
+from .dae import recon_error
+from .data import load_dataset
+from .purify import PRESETS, Purifier, PurifyConfig, purify
+
+__all__ = ["PRESETS", "Purifier", "PurifyConfig", "attacks", "load_dataset", "load_model", "purify", "recon_error"]

@@ -1,0 +1,72 @@
+"""Trained weights as safetensors beside a JSON file that says what they are. Nothing is ever unpickled."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from .classifiers import CNN, MLP
+from .contracts import check_known
+from .dae import DAE
+from .files import CHECKPOINTS, provenance, written_aside
+
+ARCHITECTURES = {"mlp": MLP, "cnn": CNN, "dae": DAE}
+
+
+def save_model(path: str | Path, model: nn.Module, **facts: Any) -> None:
+    """Write `path`.safetensors and `path`.json: architecture, `facts` (data, recipe, metrics …), commit, SHA-256."""
+    path = Path(path)
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    with written_aside(path.with_suffix(".safetensors")) as aside, written_aside(path.with_suffix(".json")) as sidecar:
+        save_file(weights, aside)
+        described = {"architecture": model.architecture, "sha256": _sha256(aside), **facts, **provenance()}
+        sidecar.write_text(json.dumps(described, indent=2) + "\n")
+
+
+def load_model(name: str | Path, device: str | torch.device = "cpu") -> nn.Module:
+    """The trained network `name`, in eval mode: "mnist/dae", "mnist/classifier", …, or a path without its ending.
+
+    Raises ValueError for an unknown name, and for weights that are truncated or differ from what their JSON file says.
+    """
+    path = CHECKPOINTS / name
+    if not path.with_suffix(".json").is_file():
+        path = Path(name)
+    if not path.with_suffix(".json").is_file():
+        check_known("checkpoint", str(name), checkpoint_names())
+    described = json.loads(path.with_suffix(".json").read_text())
+    weights = path.with_suffix(".safetensors")
+    if not weights.is_file():
+        raise ValueError(f"{weights} is missing beside its JSON file; restore it (git checkout) or train it again")
+    if _sha256(weights) != described["sha256"]:
+        raise ValueError(
+            f"{weights} is not the file its JSON file describes (SHA-256 differs: truncated or changed); "
+            "restore it (git checkout) or train it again"
+        )
+    architecture = dict(described["architecture"])
+    check_known("architecture", architecture["name"], ARCHITECTURES)
+    model = ARCHITECTURES[architecture.pop("name")](**architecture)
+    try:
+        model.load_state_dict(load_file(weights))
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{weights} does not hold the weights of {described['architecture']}: {error}") from error
+    return model.to(device).eval()
+
+
+def checkpoint_names() -> list[str]:
+    """The names that `load_model` knows."""
+    return sorted(str(found.relative_to(CHECKPOINTS).with_suffix("")) for found in CHECKPOINTS.rglob("*.json"))
+
+
+def describe_checkpoint(name: str) -> dict[str, Any]:
+    """The JSON file of checkpoint `name`: architecture, data, recipe, metrics, training curve, commit."""
+    check_known("checkpoint", name, checkpoint_names())
+    return json.loads((CHECKPOINTS / name).with_suffix(".json").read_text())
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

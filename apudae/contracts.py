@@ -1,0 +1,87 @@
+"""Checks of the contracts that `apudae/__init__.py` states: bad input ends here, with one sentence."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+def check_images(x: Tensor) -> None:
+    """Raise ValueError unless `x` is a floating-point (n, channels, height, width) tensor with finite values in [0, 1]."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"images are of type {type(x).__name__}; needed: a torch.Tensor (n, channels, height, width)")
+    if not x.is_floating_point():
+        raise ValueError(f"images have dtype {x.dtype}; needed: float32 in [0, 1] (for bytes: x.float() / 255)")
+    if x.ndim != 4:
+        raise ValueError(f"images have shape {tuple(x.shape)}; needed: (n, channels, height, width)")
+    if x.numel() == 0:
+        raise ValueError(f"images have shape {tuple(x.shape)}, which holds no pixel; needed: at least one image")
+    low, high = (value.item() for value in x.detach().aminmax())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError("images hold NaN or infinite values; needed: finite values in [0, 1]")
+    if low < 0 or high > 1:
+        raise ValueError(f"images span [{low:g}, {high:g}]; needed: values in [0, 1] (models normalise inside)")
+
+
+def check_batch(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    """Raise ValueError unless `model` can classify the images `x` and every label in `y` is one of its classes."""
+    check_images(x)
+    if not isinstance(y, Tensor) or y.dtype != torch.int64 or y.shape != x.shape[:1]:
+        given = f"{y.dtype} of shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+        raise ValueError(f"labels are {given}; needed: int64 of shape ({len(x)},), one for each image")
+    weight = next(model.parameters(), x)
+    if (weight.device, weight.dtype) != (x.device, x.dtype):
+        raise ValueError(
+            f"images are {x.dtype} on {x.device}, the model is {weight.dtype} on {weight.device}; "
+            "needed: the same for both (x.to(device), model.float())"
+        )
+    if y.device != x.device:
+        raise ValueError(f"labels are on {y.device}, images on {x.device}; needed: the same device")
+    with torch.no_grad(), frozen(model):
+        classes = model(x[:1]).shape[1]
+    low, high = y.min().item(), y.max().item()
+    if low < 0 or high >= classes:
+        raise ValueError(f"labels span {low} to {high}; this model knows the classes 0 to {classes - 1}")
+
+
+def check_at_least(minimum: float, **values: float) -> None:
+    """Raise ValueError for the first named value that is no finite number or is below `minimum`."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not minimum <= value < math.inf:
+            raise ValueError(f"{name} is {value!r}; needed: a finite number of at least {minimum}")
+
+
+def check_known(kind: str, name: str, known: object) -> None:
+    """Raise ValueError, listing what there is, unless `name` is among `known`."""
+    if name not in known:
+        raise ValueError(f"{kind} {name!r} is unknown; there is: {', '.join(map(str, known))}")
+
+
+@contextmanager
+def frozen(*modules: nn.Module) -> Iterator[None]:
+    """Evaluate `modules` in eval mode and without weight gradients, then restore both, also after an error."""
+    parts = [part for module in modules for part in module.modules()]
+    modes = [part.training for part in parts]
+    weights = [weight for module in modules for weight in module.parameters() if weight.requires_grad]
+    try:
+        for module in modules:
+            module.eval()
+        for weight in weights:
+            weight.requires_grad_(False)
+        yield
+    finally:
+        for part, mode in zip(parts, modes, strict=True):
+            part.training = mode
+        for weight in weights:
+            weight.requires_grad_(True)
+
+
+def as_generator(seed: int | torch.Generator) -> torch.Generator:
+    """A CPU generator for `seed`, or the one given: noise is drawn on the CPU, so every device sees the same."""
+    if isinstance(seed, torch.Generator):
+        if seed.device.type != "cpu":
+            raise ValueError(f"the generator is on {seed.device}; needed: a CPU generator or an integer seed")
+        return seed
+    return torch.Generator().manual_seed(seed)

