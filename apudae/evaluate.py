@@ -16,9 +16,19 @@ from .contracts import frozen
 from .files import locked, provenance, written_aside
 from .purify import PurifyConfig
 
-IDENTITY = (
-    "dataset split n classifier dae attack attack_parameters purifier purifier_parameters seed device".split()
-)  # a new row replaces the row that agrees in all of these
+IDENTITY = [
+    "dataset",
+    "split",
+    "n",
+    "classifier",
+    "dae",
+    "attack",
+    "attack_parameters",
+    "purifier",
+    "purifier_parameters",
+    "seed",
+    "device",
+]  # a new row replaces the row that agrees in all of these
 
 
 @dataclass(frozen=True)

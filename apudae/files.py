@@ -24,7 +24,7 @@ def data_root() -> Path:
 def written_aside(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; move it into place on success, remove it on failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    aside = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
     try:
         yield aside
         os.replace(aside, path)
@@ -42,8 +42,11 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def provenance() -> dict[str, str]:
-    """The commit of this checkout (`-dirty` with uncommitted code) and the command that is running."""
+    """The commit of this checkout (`-dirty` with uncommitted changes) and the command that is running.
+
+    `apudae run` hands both to the notebook's kernel, as they were when it started.
+    """
     describe = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=10", "--exclude=*", "--dirty"]
-    found = subprocess.run(describe, capture_output=True, text=True)
+    commit = os.environ.get("APUDAE_COMMIT") or subprocess.run(describe, capture_output=True, text=True).stdout.strip()
     command = os.environ.get("APUDAE_COMMAND") or " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    return {"commit": found.stdout.strip() or "unknown", "command": command}
+    return {"commit": commit or "unknown", "command": command}

@@ -16,7 +16,7 @@ import yaml
 from nbconvert import HTMLExporter
 
 from .contracts import check_known
-from .files import ROOT, RUNS, data_root, written_aside
+from .files import ROOT, RUNS, data_root, provenance, written_aside
 
 NOTEBOOKS = ROOT / "notebooks"
 PLOTLY = "application/vnd.plotly.v1+json"
@@ -74,6 +74,7 @@ def run_notebook(name: str, given: dict[str, Any]) -> Path:
     run = parameters.get("run", declared_parameters(name)["run"][0])
     target = RUNS / run / f"{name}.ipynb"
     words = [word for key, value in parameters.items() for word in ("-p", key, str(value))]
+    os.environ["APUDAE_COMMIT"] = provenance()["commit"]
     os.environ["APUDAE_COMMAND"] = " ".join(["apudae run", name, *words])
     os.environ["APUDAE_DATA"] = str(data_root())
     failed = target.with_suffix(".failed.ipynb")
