@@ -4,10 +4,11 @@ The contracts, stated once:
 
 - Images are float32 tensors (n, channels, height, width) with values in [0, 1]; labels are int64 (n,).
 - Models return logits and normalise inside, so attacks and purifiers see pixels.
-- `attack(model, x, y, *, epsilon, …) -> x_adv` is a pure function: inside the ε-ball and [0, 1]; weights, their gradients
-  and the model's mode are as before; device and dtype are kept.
+- `attack(model, x, y, *, epsilon, …) -> x_adv` is a pure function: inside the ε-ball and [0, 1]; weights, their
+  gradients and the model's mode are as before; device and dtype are kept.
 - `purify(dae, x, config) -> x_pur`; `Purifier(dae, config, backward="none")` is a module, so
-  `nn.Sequential(Purifier(…), classifier)` is a classifier that any attack library can attack. `steps=0` is the identity.
+  `nn.Sequential(Purifier(…), classifier)` is a classifier that any attack library can attack. `steps=0` is the
+  identity.
 - Randomness comes from an explicit seed or CPU generator. An image's result never depends on its batch.
 - Wrong input raises ValueError: what was given, what is needed and, for a name, what there is.
 """

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def check_images(x: Tensor) -> None:
-    """Raise ValueError unless `x` is a floating-point (n, channels, height, width) tensor with finite values in [0, 1]."""
+    """Raise ValueError unless `x` is a floating-point (n, channels, height, width) tensor of values in [0, 1]."""
     if not isinstance(x, Tensor):
         raise ValueError(f"images are of type {type(x).__name__}; needed: a torch.Tensor (n, channels, height, width)")
     if not x.is_floating_point():

@@ -163,7 +163,7 @@ def _opened(file: str) -> Image.Image:
 
 
 def take(dataset: Dataset, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """`n` images and labels as tensors, a fixed stratified choice: class counts differ by one at most where they can."""
+    """`n` images and labels as tensors, a fixed stratified choice: class counts differ by at most one if they can."""
     check_at_least(1, n=n)
     if n > len(dataset):
         raise ValueError(f"{n} images asked for; the data set has {len(dataset)}")
@@ -184,7 +184,7 @@ def stack(dataset: Dataset, indices: Tensor | range | None = None) -> tuple[Tens
 
 
 def hold_out(dataset: Dataset, n: int = 2000) -> tuple[Tensor, Tensor]:
-    """Indices (fit, held_out) of a training set: `n` evenly spread images to calibrate and choose on, the rest to fit."""
+    """Indices (fit, held_out) of a training set: `n` evenly spread images to calibrate and choose on, and the rest."""
     check_at_least(1, n=n)
     if n >= len(dataset):
         raise ValueError(f"{n} images are to be held out of {len(dataset)}; needed: fewer")

@@ -5,30 +5,23 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .contracts import frozen
+from . import attacks
+from .contracts import as_generator, check_known, frozen
 from .files import locked, provenance, written_aside
 from .purify import PurifyConfig
 
-IDENTITY = [
-    "dataset",
-    "split",
-    "n",
-    "classifier",
-    "dae",
-    "attack",
-    "attack_parameters",
-    "purifier",
-    "purifier_parameters",
-    "seed",
-    "device",
-]  # a new row replaces the row that agrees in all of these
+# a new row replaces the row that agrees in all of these
+IDENTITY = ["dataset", "split", "n", "classifier", "dae", "attack", "attack_parameters"]
+IDENTITY += ["purifier", "purifier_parameters", "seed", "device"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +65,26 @@ def in_batches(function: Callable[..., Tensor], *tensors: Tensor, batch_size: in
     batches = zip(*(tensor.split(batch_size) for tensor in tensors), strict=True)
     total = math.ceil(len(tensors[0]) / batch_size)
     return torch.cat([function(*batch) for batch in tqdm(batches, desc=name, total=total, delay=2, leave=False)])
+
+
+def run_attack(
+    name: str,
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    seed: int | None = None,
+    batch_size: int = 256,
+    **parameters: Any,
+) -> Tensor:
+    """The attack `name` of `apudae.attacks` (or "clean") in batches that draw their noise from one generator."""
+    if name == "clean":
+        return x
+    check_known("attack", name, attacks.NAMES)
+    if seed is not None:
+        parameters["seed"] = as_generator(seed)
+    attack = partial(getattr(attacks, name), model, **parameters)
+    return in_batches(attack, x, y, batch_size=batch_size, name=name)
 
 
 def result_row(
@@ -123,7 +136,7 @@ def record(path: Path, rows: Iterable[dict]) -> pd.DataFrame:
     new = pd.DataFrame(list(rows))
     with locked(path), written_aside(path) as aside:
         kept = [pd.read_csv(path, keep_default_na=False, float_precision="round_trip")] if path.is_file() else []
-        table = pd.concat([*kept, new], ignore_index=True).drop_duplicates(list(IDENTITY), keep="last")
+        table = pd.concat([*kept, new], ignore_index=True).drop_duplicates(IDENTITY, keep="last")
         table.to_csv(aside, index=False)
     return table
 
@@ -139,3 +152,10 @@ class Stopwatch:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds = time.perf_counter() - self._start
+
+
+def pivot(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of results as a table attack × purifier of "accuracy [interval]", in the order of the rows."""
+    cells = [str(Accuracy(correct, n)) for correct, n in zip(rows.correct, rows.n, strict=True)]
+    table = rows.assign(cell=cells).pivot(index="attack", columns="purifier", values="cell")
+    return table.loc[rows.attack.unique(), rows.purifier.unique()].rename_axis(index=None, columns="attack")

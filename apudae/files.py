@@ -1,12 +1,18 @@
 """Where things lie, how they are written (aside, then moved into place), and where a result came from."""
 
 import fcntl
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 CHECKPOINTS = ROOT / "data" / "checkpoints"
@@ -16,7 +22,7 @@ RUNS = ROOT / "data" / "runs"
 
 
 def data_root() -> Path:
-    """The folder of data sets: the environment variable APUDAE_DATA (relative to the repository), else data/downloads."""
+    """The folder of data sets: the environment variable APUDAE_DATA (relative to the repository) or data/downloads."""
     return (ROOT / os.environ.get("APUDAE_DATA", DOWNLOADS)).resolve()
 
 
@@ -34,11 +40,29 @@ def written_aside(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on `path` (through a file in the system's lock semantics; released when a process dies)."""
+    """Hold an exclusive lock on `path` (a file beside it, which the system releases when a process dies)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_name(f".{path.name}.lock"), "w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], settings: dict[str, Any]) -> None:
+    """Write named tensors, with the settings that made them, for a later notebook to read."""
+    with written_aside(path) as aside:
+        save_file(tensors, aside, metadata={"settings": json.dumps(settings)})
+
+
+def load_tensors(path: Path, made_by: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `save_tensors` wrote. ValueError, naming the notebook `made_by` to run, if it is missing or broken."""
+    advice = f"run it first: apudae run {made_by} -p run {path.parent.name}"
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; notebook {made_by} writes it, {advice}")
+    try:
+        with safe_open(path, framework="pt") as kept:
+            return {name: kept.get_tensor(name) for name in kept.keys()}, json.loads(kept.metadata()["settings"])  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is broken ({error}); notebook {made_by} writes it, {advice}") from error
 
 
 def provenance() -> dict[str, str]:

@@ -85,7 +85,7 @@ def accuracy_curves(rows: pd.DataFrame, x: str, colour: str, title: str, x_title
 
 
 def error_histograms(rows: pd.DataFrame, title: str, recon_mu: float) -> go.Figure:
-    """Histograms of reconstruction error: `rows` has the columns recon_error, images (the colour), stage (the panel)."""
+    """Histograms of reconstruction error; `rows` has the columns recon_error, images (colour) and stage (panel)."""
     figure = px.histogram(
         rows, x="recon_error", color="images", facet_row="stage", barmode="overlay", opacity=0.65, nbins=80
     )

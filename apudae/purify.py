@@ -58,8 +58,8 @@ class Purifier(nn.Module):
     """`purify` as a layer: `nn.Sequential(Purifier(dae, "A"), classifier)` is a classifier that can be attacked.
 
     `backward` says what an attacker's gradient sees: "none" nothing (the output is detached), "identity" no purifier
-    (BPDA, Athalye et al. 2018), "dae" one pass through the autoencoder, "exact" all unrolled steps, with tanh(g / mean|g|)
-    in place of sign(g) on the way back.
+    (BPDA, Athalye et al. 2018), "dae" one pass through the autoencoder, "exact" all unrolled steps, with
+    tanh(g / mean|g|) in place of sign(g) on the way back.
     """
 
     def __init__(self, dae: nn.Module, config: str | PurifyConfig = "A", backward: Backward = "none") -> None:

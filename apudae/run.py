@@ -14,6 +14,7 @@ import papermill
 import plotly.io as pio
 import yaml
 from nbconvert import HTMLExporter
+from traitlets.config import Config
 
 from .contracts import check_known
 from .files import ROOT, RUNS, data_root, provenance, written_aside
@@ -87,6 +88,7 @@ def run_notebook(name: str, given: dict[str, Any]) -> Path:
                 cwd=str(NOTEBOOKS),
                 kernel_name="python3",
                 stderr_file=sys.stderr,
+                config=Config(KernelManager={"transport": "ipc"}),  # no open port for the kernel
             )
         except papermill.PapermillExecutionError as error:
             os.replace(aside, failed)

@@ -22,7 +22,7 @@ Loss = Callable[[nn.Module, Tensor, Tensor, torch.Generator], Tensor]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train: `steps` batches of `batch_size`, Adam with a warm-up of a tenth and a cosine to zero, one `seed`."""
+    """How to train: `steps` batches of `batch_size`, Adam with warm-up (a tenth) and cosine to zero, one `seed`."""
 
     steps: int
     batch_size: int = 64

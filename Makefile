@@ -1,0 +1,36 @@
+# One environment in .venv, made by the first target that needs it; `make PYTHON=python3.12 demo` to choose another Python.
+PYTHON ?= $(firstword $(shell command -v python3.11 python3 python 2>/dev/null))
+BIN := .venv/bin
+ifdef APUDAE_DATA
+export APUDAE_DATA := $(abspath $(APUDAE_DATA))
+endif
+
+.PHONY: demo test lab notebooks format clean
+demo: .venv/ready  ## attack 200 real digits, purify them, print the table
+	$(BIN)/apudae run 00_quickstart
+
+test: .venv/ready  ## lint, all tests, all notebooks replayed
+	rm -rf data/runs/default  # what notebooks wrote at their default scale: they must train again
+	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=600 --durations=8 tests notebooks
+
+lab: .venv/ready  ## JupyterLab on loopback, with a token, at the first notebook
+	$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 $(if $(filter 0,$(shell id -u)),--allow-root) notebooks/00_quickstart.ipynb
+
+notebooks: .venv/ready  ## execute every notebook at its default scale, in place
+	for notebook in notebooks/*.ipynb; do \
+	  $(BIN)/apudae run $$notebook && cp data/runs/default/$${notebook#notebooks/} notebooks/ || exit 1; done
+	$(BIN)/pre-commit run --all-files nbstripout || true
+	$(BIN)/pre-commit run --all-files nbstripout
+
+format: .venv/ready  ## format and lint, notebooks too
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## remove the environment and what runs wrote; downloads stay
+	rm -rf .venv data/runs
+
+.venv/ready: pyproject.toml constraints.txt
+	@echo "Installing the environment into .venv (2 to 5 minutes, once) …"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@

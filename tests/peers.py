@@ -1,0 +1,49 @@
+"""The attacks of foolbox and torchattacks with the parameters of ours, for the tests and the benchmark beside them."""
+
+import math
+from functools import partial
+
+from apudae import attacks
+
+EPSILON, STEP, STEPS = 0.1, 0.01, 22
+CW = {"steps": 200, "search_steps": 5, "learning_rate": 0.05, "initial_c": 1e-2, "confidence": 0.0}
+UNCLIPPED = ("cw", "deepfool")
+
+
+def ours() -> dict:
+    """Name to attack(model, x, y)."""
+    budget = {name: {"epsilon": EPSILON} for name in ("fgsm", "r_fgsm", "bim", "pgd")}
+    unlimited = {"cw": {"epsilon": math.inf, **CW}, "deepfool": {"epsilon": math.inf}}
+    return {name: partial(getattr(attacks, name), **more) for name, more in (budget | unlimited).items()}
+
+
+def foolbox() -> dict:
+    """The same attacks of foolbox."""
+    import foolbox as fb
+
+    def call(attack, epsilon, model, x, y):
+        return attack(fb.PyTorchModel(model, bounds=(0, 1), device=x.device), x, y, epsilons=epsilon)[1]
+
+    iterated = {"abs_stepsize": STEP, "steps": STEPS}
+    cw = {"binary_search_steps": CW["search_steps"], "steps": CW["steps"], "stepsize": CW["learning_rate"]}
+    return {
+        "fgsm": partial(call, fb.attacks.LinfFastGradientAttack(), EPSILON),
+        "bim": partial(call, fb.attacks.LinfBasicIterativeAttack(random_start=False, **iterated), EPSILON),
+        "pgd": partial(call, fb.attacks.LinfProjectedGradientDescentAttack(**iterated), EPSILON),
+        "cw": partial(call, fb.attacks.L2CarliniWagnerAttack(initial_const=CW["initial_c"], **cw), None),
+        "deepfool": partial(call, fb.attacks.L2DeepFoolAttack(), None),
+    }
+
+
+def torchattacks() -> dict:
+    """The same attacks of torchattacks (its CW has one fixed c and no search: the first of ours is given)."""
+    import torchattacks as ta
+
+    return {
+        "fgsm": lambda model, x, y: ta.FGSM(model, eps=EPSILON)(x, y),
+        "r_fgsm": lambda model, x, y: ta.RFGSM(model, eps=EPSILON, alpha=EPSILON / 2, steps=1)(x, y),
+        "bim": lambda model, x, y: ta.BIM(model, eps=EPSILON, alpha=STEP, steps=STEPS)(x, y),
+        "pgd": lambda model, x, y: ta.PGD(model, eps=EPSILON, alpha=STEP, steps=STEPS)(x, y),
+        "cw": lambda model, x, y: ta.CW(model, c=1, steps=CW["steps"], lr=CW["learning_rate"])(x, y),
+        "deepfool": lambda model, x, y: ta.DeepFool(model)(x, y),
+    }

@@ -1,0 +1,320 @@
+import copy
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import images, linear_classifier, seeded, set_gradients, snapshot
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from apudae import Purifier, attacks
+from apudae.evaluate import accuracy
+
+SIGN_ATTACKS = ["random", "fgsm", "r_fgsm", "bim", "pgd"]
+RANDOM = ["random", "r_fgsm", "pgd"]
+SHORT = {
+    "cw": {"steps": 30, "search_steps": 2, "learning_rate": 0.05}
+}  # 1,000 steps are for the strength, not the contract
+
+
+def attacks_named(*names):
+    """The attacks as test parameters, with short settings where the defaults are slow."""
+    chosen = [partial(getattr(attacks, name), **SHORT.get(name, {})) for name in names]
+    return pytest.mark.parametrize("attack", chosen, ids=names)
+
+
+every_attack = attacks_named(*attacks.NAMES)
+gradient_attack = attacks_named(*(name for name in attacks.NAMES if name != "random"))
+random_attack = attacks_named(*RANDOM)
+sign_attack = attacks_named("fgsm", "bim", "pgd")
+dtypes = st.sampled_from([torch.float32, torch.float64])
+shapes = st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 6), st.integers(1, 6))
+
+
+def bumpy(shape, dtype=torch.float32):
+    """A classifier with batch statistics: in train mode it would see the batch, and one image would be an error."""
+    torch.manual_seed(0)
+    pixels = shape[1] * shape[2] * shape[3]
+    return nn.Sequential(nn.Flatten(), nn.Linear(pixels, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)).to(dtype)
+
+
+@every_attack
+@settings(max_examples=25, deadline=None)
+@given(shape=shapes, epsilon=st.floats(0, 0.5), dtype=dtypes, training=st.booleans(), graded=st.booleans())
+def test_contract(attack, shape, epsilon, dtype, training, graded):
+    model, x = bumpy(shape, dtype).train(training), images(*shape, dtype=dtype)
+    before, given_x = set_gradients(model) if graded else snapshot(model), x.clone()
+    adversarial = attack(model, x, torch.arange(len(x)) % 3, epsilon=epsilon)
+    assert (adversarial.double() - x.double()).abs().max() <= epsilon + torch.finfo(dtype).eps
+    assert adversarial.min() >= 0
+    assert adversarial.max() <= 1
+    assert (adversarial.shape, adversarial.dtype, adversarial.device) == (x.shape, x.dtype, x.device)
+    assert not adversarial.requires_grad
+    assert torch.equal(x, given_x)
+    assert snapshot(model) == before
+
+
+@every_attack
+@settings(max_examples=10, deadline=None)
+@given(shape=shapes, dtype=dtypes)
+def test_epsilon_zero_returns_the_input(attack, shape, dtype):
+    x = images(*shape, dtype=dtype)
+    assert torch.equal(attack(bumpy(shape, dtype), x, torch.zeros(len(x)).long(), epsilon=0), x)
+
+
+@every_attack
+def test_works_under_no_grad(attack):
+    model, x = bumpy((4, 1, 4, 4)).eval(), images(4, 1, 4, 4)
+    y = model(x).argmax(1)
+    expected = attack(model, x, y, epsilon=0.1)
+    with torch.no_grad():
+        assert torch.equal(attack(model, x, y, epsilon=0.1), expected)
+    assert not torch.equal(expected, x)
+
+
+class Breaks(nn.Module):
+    """Answers until somebody asks for gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Flatten(), nn.Linear(4, 2), nn.Dropout())
+
+    def forward(self, x):
+        if x.requires_grad:
+            raise ArithmeticError("out of order")
+        return self.inner(x)
+
+
+@gradient_attack
+def test_model_is_restored_after_its_error(attack):
+    model, x = Breaks().eval(), images(2, 1, 2, 2)
+    y = model(x).argmax(1)  # CW and DeepFool leave misclassified images alone
+    model.train()
+    model.inner[2].eval()  # modes may differ within a model
+    before = set_gradients(model)
+    with pytest.raises(ArithmeticError):
+        attack(model, x, y, epsilon=0.1)
+    assert snapshot(model) == before
+
+
+# --- the best perturbation of a linear model is known -----------------------------------------------------------------
+
+
+def linear_case(dtype, low=0.2, high=0.8):
+    model, y = linear_classifier(20, dtype=dtype), torch.tensor([0, 1, 0])
+    weight = model[1].weight.detach()
+    uphill = (weight[1 - y] - weight[y]).sign().view(3, 1, 4, 5)
+    return model, images(3, 1, 4, 5, low=low, high=high, dtype=dtype), y, uphill
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@sign_attack
+def test_optimum_of_a_linear_model(attack, dtype):
+    model, x, y, uphill = linear_case(dtype)
+    found = attack(model, x, y, epsilon=0.15)
+    torch.testing.assert_close(found, x + 0.15 * uphill, rtol=0, atol=2 * torch.finfo(dtype).eps)
+    margin = torch.autograd.functional.jvp(model, x, 0.15 * uphill)[1]  # what the best perturbation adds to the logits
+    torch.testing.assert_close(model(found) - model(x), margin, rtol=1e-3, atol=1e-6)
+
+
+@sign_attack
+def test_optimum_of_a_linear_model_at_the_edge_of_the_range(attack):
+    model, x, y, uphill = linear_case(torch.float64, low=0, high=1)
+    best = (x + 0.3 * uphill).clamp(0, 1)
+    assert (best % 1 == 0).any()
+    torch.testing.assert_close(attack(model, x, y, epsilon=0.3), best, rtol=0, atol=1e-15)
+
+
+def test_r_fgsm_of_a_linear_model_moves_by_all_or_nothing():
+    model, x, y, uphill = linear_case(torch.float64)
+    moved = ((attacks.r_fgsm(model, x, y, epsilon=0.2) - x) * uphill).flatten()
+    near_nothing, near_all = (torch.isclose(moved, torch.tensor(v).double(), atol=1e-12) for v in (0.0, 0.2))
+    assert (near_nothing | near_all).all()
+    assert near_nothing.any()
+    assert near_all.any()
+
+
+def test_one_bim_step_is_fgsm():
+    model, x, y, _ = linear_case(torch.float64)
+    assert torch.equal(
+        attacks.bim(model, x, y, epsilon=0.1, step_size=0.1, steps=1), attacks.fgsm(model, x, y, epsilon=0.1)
+    )
+
+
+# --- strength on the shipped classifiers ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["classifier", "cnn"])
+def test_iterating_beats_one_step_beats_noise(name, digits, request):
+    model, (x, y) = request.getfixturevalue(name), digits
+    clean = accuracy(model, x, y).value
+    reached = {
+        attack: accuracy(model, getattr(attacks, attack)(model, x, y, epsilon=0.1), y).value for attack in SIGN_ATTACKS
+    }
+    assert reached["bim"] <= reached["fgsm"] < reached["random"] <= clean + 0.02
+    assert reached["pgd"] <= reached["fgsm"]
+    assert reached["r_fgsm"] < reached["random"]
+
+
+def test_a_larger_ball_never_helps_the_classifier(classifier, digits):
+    x, y = digits
+    reached = [
+        accuracy(classifier, attacks.bim(classifier, x, y, epsilon=e), y).value for e in (0, 0.02, 0.05, 0.1, 0.3)
+    ]
+    assert reached == sorted(reached, reverse=True)
+    assert reached[-1] < 0.02
+
+
+def test_shipped_target_is_as_easy_as_the_papers(classifier, cnn, digits):
+    x, y = digits
+    assert accuracy(classifier, x, y).value >= 0.96
+    assert accuracy(cnn, x, y).value >= 0.97
+    assert accuracy(classifier, attacks.fgsm(classifier, x, y, epsilon=0.1), y).value < 0.40
+    assert accuracy(classifier, attacks.pgd(classifier, x, y, epsilon=0.1), y).value < 0.25
+
+
+def test_restarts_never_weaken_any_image(classifier, digits):
+    x, y = digits[0][::10], digits[1][::10]
+
+    def losses(restarts):
+        found = attacks.pgd(classifier, x, y, epsilon=0.05, steps=3, restarts=restarts, seed=4)
+        with torch.no_grad():
+            return F.cross_entropy(classifier(found), y, reduction="none")
+
+    one, many = losses(1), losses(4)
+    assert (many >= one - 1e-6).all()
+    assert (many > one).any()
+
+
+# --- one image at a time ----------------------------------------------------------------------------------------------
+
+
+@every_attack
+def test_an_image_alone_fares_as_in_its_batch(attack, classifier, digits):
+    """Of random attacks only the first image can be compared: the others get their noise after it."""
+    model, x, y = copy.deepcopy(classifier).double(), digits[0][::20].double(), digits[1][::20]
+    together = attack(model, x, y, epsilon=0.1)
+    for i in range(1 if attack.func.__name__ in RANDOM else len(x)):
+        alone = attack(model, x[i : i + 1], y[i : i + 1], epsilon=0.1)
+        torch.testing.assert_close(alone, together[i : i + 1], rtol=0, atol=1e-9)
+
+
+@every_attack
+def test_other_batch_mates_change_nothing(attack, classifier, digits):
+    model, x, y = copy.deepcopy(classifier).double(), digits[0][::20].double(), digits[1][::20]
+    others = [9, 8, 7, 3, 4, 2, 1, 0, 6, 5]  # images 3 and 4 stay where they are
+    before, after = attack(model, x, y, epsilon=0.1), attack(model, x[others], y[others], epsilon=0.1)
+    torch.testing.assert_close(before[3:5], after[3:5], rtol=0, atol=1e-9)
+    assert not torch.equal(before[:3], after[:3])
+
+
+# --- randomness and steps ---------------------------------------------------------------------------------------------
+
+
+@random_attack
+def test_seeds_repeat_and_generators_advance(attack):
+    if attack.func is attacks.pgd:
+        attack = partial(attack, steps=2)  # more steps end in the same corner from every start
+    model, x, y = bumpy((3, 1, 5, 5)), images(3, 1, 5, 5), torch.tensor([0, 1, 2])
+    state = torch.get_rng_state()
+    first = attack(model, x, y, epsilon=0.1, seed=5)
+    assert torch.equal(torch.get_rng_state(), state)  # the global generator plays no part
+    assert torch.equal(first, attack(model, x, y, epsilon=0.1, seed=5))
+    assert not torch.equal(first, attack(model, x, y, epsilon=0.1, seed=6))
+    generator = seeded(5)
+    assert torch.equal(first, attack(model, x, y, epsilon=0.1, seed=generator))
+    assert not torch.equal(first, attack(model, x, y, epsilon=0.1, seed=generator))
+
+
+class Counting(nn.Sequential):
+    """A linear classifier that counts the gradients asked of it."""
+
+    gradients = 0
+
+    def forward(self, x):
+        self.gradients += x.requires_grad
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "step_size", "steps"),
+    [(0.1, 0.01, 22), (0.3, 0.01, 62), (8 / 255, 2 / 255, 10), (8 / 255, 1 / 255, 18), (0, 0.01, 2), (0.05, 0.03, 5)],
+)
+@pytest.mark.parametrize("attack", [attacks.bim, attacks.pgd])
+def test_default_step_count_is_the_papers(attack, epsilon, step_size, steps):
+    model = Counting(*linear_classifier(4))
+    attack(model, images(2, 1, 2, 2), torch.tensor([0, 1]), epsilon=epsilon, step_size=step_size)
+    assert model.gradients == steps
+
+
+def test_given_step_count_and_restarts_are_taken():
+    model = Counting(*linear_classifier(4))
+    attacks.pgd(model, images(2, 1, 2, 2), torch.tensor([0, 1]), epsilon=0.1, steps=5, restarts=3)
+    assert model.gradients == 15
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+GOOD = images(2, 1, 2, 2)
+BAD = {
+    "label 10": ({"y": torch.tensor([0, 10])}, "10"),
+    "label -1": ({"y": torch.tensor([-1, 0])}, "-1"),
+    "float labels": ({"y": torch.tensor([0.0, 1.0])}, "float32"),
+    "one label for two images": ({"y": torch.tensor([0])}, r"\(1,\)"),
+    "labels that are a list": ({"y": [0, 1]}, "list"),
+    "negative epsilon": ({"epsilon": -0.1}, r"-0\.1"),
+    "epsilon NaN": ({"epsilon": float("nan")}, "nan"),
+    "epsilon infinite": ({"epsilon": float("inf")}, "inf"),
+    "image above 1": ({"x": GOOD * 255}, r"\[0, 1\]"),
+    "image below 0": ({"x": GOOD - 0.5}, r"\[0, 1\]"),
+    "image with NaN": ({"x": GOOD.clone().fill_(torch.nan)}, "NaN"),
+    "image with one infinite pixel": ({"x": GOOD.clone().index_fill_(3, torch.tensor(1), torch.inf)}, "infinite"),
+    "image of bytes": ({"x": torch.zeros(2, 1, 2, 2, dtype=torch.uint8)}, "uint8"),
+    "image of another dtype than the model": ({"x": GOOD.double()}, "float64"),
+    "one image without a batch": ({"x": GOOD[0]}, r"\(1, 2, 2\)"),
+    "no image": ({"x": GOOD[:0], "y": torch.zeros(0).long()}, r"\(0, 1, 2, 2\)"),
+    "image as an array": ({"x": GOOD.numpy()}, "ndarray"),
+}
+
+
+@every_attack
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_named(attack, name):
+    if name == "epsilon infinite" and attack.func in (attacks.cw, attacks.deepfool):
+        pytest.skip("unclipped by design")
+    change, message = BAD[name]
+    arguments = {"x": GOOD, "y": torch.tensor([0, 1]), "epsilon": 0.1} | change
+    with pytest.raises(ValueError, match=message):
+        attack(linear_classifier(4), arguments["x"], arguments["y"], epsilon=arguments["epsilon"])
+
+
+BAD_OPTIONS = {
+    "bim": [{"steps": 0}, {"steps": 1.5}, {"step_size": 0}, {"step_size": -0.01}],
+    "pgd": [{"steps": -1}, {"steps": 1.5}, {"step_size": 0}, {"restarts": 0}, {"restarts": 1.5}],
+    "cw": [
+        {"steps": 0},
+        {"steps": 1.5},
+        {"search_steps": 0},
+        {"learning_rate": 0},
+        {"initial_c": 0},
+        {"confidence": -1},
+    ],
+    "deepfool": [{"steps": 0}, {"steps": 1.5}, {"overshoot": -0.1}, {"classes": 1}, {"classes": 2.5}],
+}
+
+
+@pytest.mark.parametrize(("name", "bad"), [(name, bad) for name, options in BAD_OPTIONS.items() for bad in options])
+def test_bad_options_are_named(name, bad):
+    attack = getattr(attacks, name)
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        attack(linear_classifier(4), GOOD, torch.tensor([0, 1]), epsilon=0.1, **bad)
+
+
+@gradient_attack
+def test_model_without_gradients_is_named(attack):
+    """`Purifier` hides its gradient unless told otherwise: the error must say so, not speak of autograd's elements."""
+    model = nn.Sequential(Purifier(nn.Identity()), *linear_classifier(4))
+    with pytest.raises(ValueError, match="gradient"):
+        attack(model, GOOD, model(GOOD).argmax(1), epsilon=0.1)

@@ -1,0 +1,166 @@
+import json
+import re
+
+import pytest
+import torch
+from conftest import tiny_dae
+from safetensors.torch import save_file
+
+from apudae import load_model
+from apudae.checkpoints import ARCHITECTURES, _sha256, checkpoint_names, describe_checkpoint, save_model
+from apudae.classifiers import CNN, MLP
+from apudae.files import CHECKPOINTS, ROOT
+
+SHIPPED = ["mnist/classifier", "mnist/cnn", "mnist/dae"]
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A saved tiny autoencoder: its path without ending."""
+    save_model(tmp_path / "dae", tiny_dae(), data="noise", recipe={"steps": 3}, metrics={"loss": 0.5})
+    return tmp_path / "dae"
+
+
+def edit(saved, **changes):
+    sidecar = saved.with_suffix(".json")
+    sidecar.write_text(json.dumps(json.loads(sidecar.read_text()) | changes))
+
+
+@pytest.mark.parametrize("model", [MLP(), CNN(), tiny_dae(3, 5, 4).train()], ids=lambda model: type(model).__name__)
+def test_round_trip(tmp_path, model):
+    save_model(tmp_path / "below" / "it", model, data="noise")
+    loaded = load_model(tmp_path / "below" / "it")
+    assert type(loaded) is type(model)
+    assert not any(part.training for part in loaded.modules())
+    torch.testing.assert_close(dict(loaded.state_dict()), dict(model.state_dict()), rtol=0, atol=0, equal_nan=True)
+    assert sorted(file.name for file in (tmp_path / "below").iterdir()) == ["it.json", "it.safetensors"]
+
+
+def test_sidecar_says_what_the_weights_are(saved):
+    described = json.loads(saved.with_suffix(".json").read_text())
+    assert described["architecture"] == {"name": "dae", "channels": 1, "depth": 4, "width": 6}
+    assert (described["data"], described["recipe"], described["metrics"]) == ("noise", {"steps": 3}, {"loss": 0.5})
+    assert described["sha256"] == _sha256(saved.with_suffix(".safetensors"))
+    assert described["commit"]
+
+
+def test_names_that_differ_after_a_dot_are_different(tmp_path):
+    save_model(tmp_path / "dae-0.5", tiny_dae(width=5))
+    save_model(tmp_path / "dae-0.3", tiny_dae(width=3))
+    assert load_model(tmp_path / "dae-0.5").architecture["width"] == 5
+    assert load_model(tmp_path / "dae-0.3").architecture["width"] == 3
+
+
+def test_failed_save_leaves_the_former_weights(saved):
+    with pytest.raises(TypeError):
+        save_model(saved, tiny_dae(width=3), metrics=object())  # JSON cannot hold it
+    assert load_model(saved).architecture["width"] == 6
+    assert sorted(file.name for file in saved.parent.iterdir()) == ["dae.json", "dae.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["mnist/nothing", "mnist", "cifar10/dae"])
+def test_unknown_name_lists_what_there_is(name):
+    with pytest.raises(ValueError, match=f"'{name}' is unknown; there is: .*mnist/classifier"):
+        load_model(name)
+    with pytest.raises(ValueError, match=r"there is: .*mnist/classifier"):
+        describe_checkpoint(name)
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.01, 0.5, 0.999])
+def test_truncated_weights(saved, kept):
+    weights = saved.with_suffix(".safetensors")
+    weights.write_bytes(weights.read_bytes()[: int(kept * weights.stat().st_size)])
+    with pytest.raises(ValueError, match=r"dae\.safetensors.*truncated or changed.*git checkout"):
+        load_model(saved)
+
+
+@pytest.mark.parametrize("place", [0, 0.3, 0.999])
+def test_one_flipped_bit(saved, place):
+    weights = saved.with_suffix(".safetensors")
+    content = bytearray(weights.read_bytes())
+    content[int(place * len(content))] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ValueError, match=r"dae\.safetensors.*SHA-256 differs"):
+        load_model(saved)
+
+
+def test_missing_weights(saved):
+    saved.with_suffix(".safetensors").unlink()
+    with pytest.raises(ValueError, match=r"dae\.safetensors is missing"):
+        load_model(saved)
+
+
+def test_unknown_architecture_lists_what_there_is(saved):
+    edit(saved, architecture={"name": "resnet"})
+    with pytest.raises(ValueError, match=f"'resnet' is unknown; there is: {', '.join(ARCHITECTURES)}"):
+        load_model(saved)
+
+
+@pytest.mark.parametrize("architecture", [{"name": "cnn"}, {"name": "dae", "channels": 1, "depth": 4, "width": 7}])
+def test_weights_of_another_architecture(saved, architecture):
+    edit(saved, architecture=architecture)
+    with pytest.raises(ValueError, match=r"dae\.safetensors does not hold the weights of"):
+        load_model(saved)
+
+
+def test_file_that_is_no_safetensors_at_all(saved):
+    weights = saved.with_suffix(".safetensors")
+    weights.write_bytes(b"not weights")
+    edit(saved, sha256=_sha256(weights))
+    with pytest.raises(ValueError, match=r"dae\.safetensors"):
+        load_model(saved)
+
+
+def test_weights_of_the_wrong_names(saved):
+    weights = saved.with_suffix(".safetensors")
+    save_file({"nothing": torch.zeros(1)}, weights)
+    edit(saved, sha256=_sha256(weights))
+    with pytest.raises(ValueError, match=r"dae\.safetensors"):
+        load_model(saved)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", '{"architecture": ', "[1, 2]", "{}", '{"architecture": {"name": "mlp"}}', '{"sha256": "0"}'],
+)
+def test_broken_sidecar_is_named(saved, content):
+    saved.with_suffix(".json").write_text(content)
+    with pytest.raises(ValueError, match="dae"):
+        load_model(saved)
+
+
+@pytest.mark.parametrize("architecture", ["dae", {}, {"name": "dae", "heads": 4}, {"name": "dae", "width": "six"}])
+def test_broken_architecture_is_named(saved, architecture):
+    edit(saved, architecture=architecture)
+    with pytest.raises(ValueError, match=r"architecture|dae"):
+        load_model(saved)
+
+
+# --- what the repository ships ----------------------------------------------------------------------------------------
+
+
+def test_what_is_shipped():
+    assert set(SHIPPED) <= set(checkpoint_names())
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_checkpoint_loads_and_says_where_it_came_from(name):
+    model, described = load_model(name), describe_checkpoint(name)
+    assert all(weight.isfinite().all() for weight in model.state_dict().values())
+    assert not model.training
+    assert described["data"] == "mnist"
+    assert described["fitted_on"] <= 59_000
+    assert described["recipe"]["steps"] > 0
+    assert described["metrics"]
+    assert re.fullmatch(r"[0-9a-f]{10,40}", described["commit"]), "trained from a commit, without uncommitted changes"
+
+
+def test_all_checkpoints_are_small_and_nothing_else_lies_there():
+    files = [file for file in CHECKPOINTS.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < 25_000_000
+    assert {file.suffix for file in files} == {".json", ".safetensors"}
+
+
+def test_nothing_is_ever_unpickled():
+    for module in (ROOT / "apudae").glob("*.py"):
+        assert not re.search(r"\bpickle|torch\.(load|save)\b|allow_pickle|joblib|\bshelve", module.read_text()), module

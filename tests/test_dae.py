@@ -1,0 +1,114 @@
+import pytest
+import torch
+from conftest import LinearDAE, images, set_gradients, snapshot, tiny_dae
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from apudae import load_model, recon_error
+from apudae.checkpoints import save_model
+from apudae.dae import DAE, calibrate
+
+
+@pytest.mark.parametrize(("shape", "weights"), [((1, 5, 64), 297_793), ((3, 15, 64), 1_041_219)])
+def test_weight_count_is_the_papers(shape, weights):
+    assert sum(weight.numel() for weight in DAE(*shape).parameters()) == weights
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("depth", [1, 2, 5])
+def test_starts_as_the_identity(depth, training):
+    assert torch.equal(recon_error(DAE(3, depth, 4).train(training), images(4, 3, 9, 8)), torch.zeros(4))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 11), st.integers(1, 11), st.integers(1, 6))
+def test_keeps_every_shape(channels, height, width, depth):
+    x = images(2, channels, height, width)
+    output = tiny_dae(channels, depth)(x)
+    assert output.shape == x.shape
+    assert output.min() >= 0
+
+
+@pytest.mark.parametrize("deconvolution", [0, 2])
+def test_skip_connections(deconvolution):
+    """With depth 5 encoder outputs 4 and 2 are added after deconvolutions 1 and 3: they pass when those are silent."""
+    dae, reached = tiny_dae(depth=5), []
+    dae.output.register_forward_pre_hook(lambda _, inputs: reached.append(inputs[0]))
+    for constant in dae.decoder[deconvolution][2].parameters():
+        torch.nn.init.zeros_(constant)
+    dae.decoder[deconvolution][2].running_mean.fill_(0)
+    for seed in (0, 1):
+        dae(images(1, 1, 8, 8, seed=seed))
+    assert not torch.equal(*reached)
+
+
+def test_recon_error_is_the_sum_of_squares_over_an_image():
+    dae = LinearDAE(60)
+    dae.matrix.data = 0.5 * torch.eye(60, dtype=torch.float64)
+    x = torch.cat([torch.full((1, 3, 4, 5), value, dtype=torch.float64) for value in (0.5, 1.0)])
+    assert recon_error(dae, x).tolist() == [60 * 0.25**2, 60 * 0.5**2]
+
+
+def test_recon_error_is_differentiable_and_leaves_the_network_alone():
+    dae = LinearDAE(12)
+    before, x = set_gradients(dae.train()), images(2, 1, 3, 4, dtype=torch.float64).requires_grad_()
+    recon_error(dae, x).sum().backward()
+    torch.testing.assert_close(x.grad.flatten(1), x.detach().flatten(1) @ dae.curvature)
+    assert snapshot(dae) == before
+
+
+def test_recon_error_of_an_image_ignores_its_batch():
+    dae, x = tiny_dae(dtype=torch.float64).train(), images(5, 1, 7, 7, dtype=torch.float64)
+    alone = torch.cat([recon_error(dae, image[None]) for image in x])
+    torch.testing.assert_close(recon_error(dae, x), alone, rtol=1e-12, atol=0)
+
+
+def test_calibrate_measures_the_images_and_nothing_else_changes():
+    dae, x = tiny_dae().train(), images(40, 1, 7, 8)
+    before = set_gradients(dae)
+    calibrate(dae, x, batch_size=7)
+    errors = recon_error(dae, x)
+    torch.testing.assert_close(dae.recon_mu, errors.mean())
+    torch.testing.assert_close(dae.recon_sigma, errors.std())
+    dae.recon_mu.fill_(torch.nan)
+    dae.recon_sigma.fill_(torch.nan)
+    assert snapshot(dae) == before
+
+
+def test_fresh_autoencoder_is_uncalibrated():
+    assert DAE().recon_mu.isnan()
+    assert DAE().recon_sigma.isnan()
+
+
+def test_calibration_travels_with_the_weights(tmp_path):
+    dae = tiny_dae()
+    calibrate(dae, images(10, 1, 8, 8))
+    save_model(tmp_path / "dae", dae)
+    loaded = load_model(tmp_path / "dae")
+    assert torch.equal(loaded.recon_mu, dae.recon_mu)
+    assert torch.equal(loaded.recon_sigma, dae.recon_sigma)
+    assert loaded.recon_sigma > 0
+
+
+def test_shipped_autoencoder_is_calibrated_and_denoises(dae, digits):
+    x, _ = digits
+    noisy = (x + 0.3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
+    with torch.no_grad():
+        assert (dae(noisy) - x).square().mean() < (noisy - x).square().mean() / 4
+        assert abs(recon_error(dae, x).mean() - dae.recon_mu) < dae.recon_sigma  # held-out digits look like training
+
+
+def test_calibration_needs_two_images():
+    with pytest.raises(ValueError, match="at least 2"):
+        calibrate(tiny_dae(), images(1, 1, 8, 8))
+
+
+@pytest.mark.parametrize("function", [recon_error, lambda dae, x: dae(x), calibrate])
+def test_wrong_channels_are_named(function):
+    with pytest.raises(ValueError, match=r"\(2, 3, 8, 8\).*\(n, 1, height, width\)"):
+        function(DAE(1, 5, 4), images(2, 3, 8, 8))
+
+
+def test_images_of_another_dtype_than_the_network_are_refused():
+    with pytest.raises(ValueError, match="float64"):
+        recon_error(tiny_dae(), images(2, 1, 8, 8, dtype=torch.float64))

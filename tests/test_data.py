@@ -1,0 +1,269 @@
+import os
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from apudae import data, load_dataset
+
+needs_mnist = pytest.mark.skipif("APUDAE_DATA" not in os.environ, reason="APUDAE_DATA is not set")
+
+
+def contents(dataset):
+    return [digit.tobytes() for digit in dataset.pixels.numpy()]
+
+
+def save_image(file, value, mode="L", size=(6, 6)):
+    """A file of one colour: grey `value`, or a colour whose red is `value`."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, {"L": value, "RGB": (value, 50, 60)}[mode]).save(file)
+    return file
+
+
+def save_folder(root, counts=(10, 7), mode="L", ending="png"):
+    """Folders "ant" and "bee"; image i of class c has the grey value 100c + i."""
+    for label, (name, count) in enumerate(zip(("ant", "bee"), counts, strict=True)):
+        for i in range(count):
+            save_image(root / name / f"{i:02}.{ending}", 100 * label + i, mode)
+    return root
+
+
+def load_all(root, split="train", **options):
+    return data.stack(load_dataset(f"folder:{root}", split, **options))
+
+
+# --- digits -----------------------------------------------------------------------------------------------------------
+
+
+def test_mnist5k_is_split_evenly():
+    train, test = load_dataset("mnist5k", "train"), load_dataset("mnist5k", "test")
+    assert train.labels.bincount().tolist() == [400] * 10
+    assert test.labels.bincount().tolist() == [100] * 10
+    assert test.classes == [str(digit) for digit in range(10)]
+    assert not set(contents(train)) & set(contents(test))
+
+
+def test_digits_are_float32_in_unit_range():
+    dataset = load_dataset("mnist5k", "test")
+    x, y = data.stack(dataset)
+    assert x.shape == (1000, 1, 28, 28)
+    assert x.dtype == torch.float32
+    assert y.dtype == torch.int64
+    assert (x.min(), x.max()) == (0, 1)
+    one, label = dataset[517]
+    assert torch.equal(one, x[517])
+    assert label == y[517]
+
+
+@needs_mnist
+def test_mnist_train_never_shows_the_demo_digits():
+    train, shown = load_dataset("mnist", "train"), load_dataset("mnist5k", "test")
+    assert len(train) == 59_000
+    assert not set(contents(train)) & set(contents(shown))
+    assert set(contents(load_dataset("mnist5k", "train"))) <= set(contents(train))
+
+
+@needs_mnist
+def test_mnist_test_is_whole():
+    test = load_dataset("mnist", "test")
+    assert len(test) == 10_000
+    assert test.labels.bincount()[:3].tolist() == [980, 1135, 1032]  # as published
+
+
+def test_mnist_that_cannot_be_downloaded_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("APUDAE_DATA", str(tmp_path))
+    (tmp_path / "mnist" / "MNIST" / "raw").mkdir(parents=True)  # there, but empty: no download is tried
+    with pytest.raises(ValueError, match="APUDAE_DATA"):
+        load_dataset("mnist", "test")
+
+
+@pytest.mark.parametrize("name", ["mnist6k", "", "MNIST", "folder"])
+def test_unknown_data_set_lists_what_there_is(name):
+    with pytest.raises(ValueError, match="mnist5k, mnist, folder:PATH"):
+        load_dataset(name, "test")
+
+
+@pytest.mark.parametrize("name", ["mnist5k", "folder:nowhere"])
+def test_unknown_split_lists_what_there_is(name):
+    with pytest.raises(ValueError, match="'validation' is unknown; there is: train, test"):
+        load_dataset(name, "validation")
+
+
+# --- folders of images ------------------------------------------------------------------------------------------------
+
+
+def test_folder_with_train_and_test(tmp_path):
+    save_folder(tmp_path / "train", (3, 4))
+    save_folder(tmp_path / "test", (2, 1))
+    dataset = load_dataset(f"folder:{tmp_path}", "train")
+    assert dataset.classes == ["ant", "bee"]
+    assert dataset.labels.tolist() == [0] * 3 + [1] * 4
+    x, y = load_all(tmp_path, "test")
+    assert y.tolist() == [0, 0, 1]
+    assert torch.equal((x[:, 0, 0, 0] * 255).round(), torch.tensor([0.0, 1.0, 100.0]))
+
+
+def test_single_folder_gives_every_fifth_of_a_class_to_test(tmp_path):
+    save_folder(tmp_path, (10, 7))
+    train, test = (load_all(tmp_path, split) for split in ("train", "test"))
+    grey = [(x[:, 0, 0, 0] * 255).round().int().tolist() for x, _ in (train, test)]
+    assert grey[1] == [0, 5, 100, 105]
+    assert sorted(grey[0] + grey[1]) == [*range(10), *range(100, 107)]
+    assert test[1].tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg"])
+@pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGB", 3)])
+def test_channels_of_a_folder(tmp_path, mode, channels, ending):
+    save_folder(tmp_path, (4, 4), mode, ending)
+    x, _ = load_all(tmp_path)
+    assert x.shape == (6, channels, 6, 6)
+    assert x.dtype == torch.float32
+    assert x.min() >= 0
+    assert x.max() <= 1
+
+
+def test_one_colour_image_makes_all_three_channels(tmp_path):
+    save_folder(tmp_path, (4, 4), "L")
+    save_image(tmp_path / "bee" / "colour.png", 200, "RGB")
+    x, _ = load_all(tmp_path)
+    assert x.shape[1] == 3
+    assert torch.equal(x[0, 0], x[0, 2])  # a grey image stays grey
+    assert torch.equal((x[-1, :, 0, 0] * 255).round(), torch.tensor([200.0, 50.0, 60.0]))
+
+
+def test_channels_agree_between_splits(tmp_path):
+    save_folder(tmp_path, (5, 5), "L")
+    save_image(tmp_path / "ant" / "00.png", 200, "RGB")  # the only colour image is a test image
+    assert load_all(tmp_path, "train")[0].shape[1] == load_all(tmp_path, "test")[0].shape[1] == 3
+
+
+def test_grey_of_16_bits_keeps_its_brightness(tmp_path):
+    save_folder(tmp_path, (4, 4))
+    for file in (tmp_path / "ant").iterdir():
+        Image.fromarray(np.full((6, 6), 0x8000, np.uint16)).save(file)
+    x, y = load_all(tmp_path)
+    torch.testing.assert_close(x[y == 0], torch.full_like(x[y == 0], 0.5), atol=0.01, rtol=0)
+
+
+def test_mixed_sizes_need_image_size(tmp_path):
+    save_folder(tmp_path, (4, 4))
+    save_image(tmp_path / "ant" / "wide.png", 30, size=(20, 9))
+    with pytest.raises(ValueError, match=r"sizes.*image_size"):
+        load_dataset(f"folder:{tmp_path}", "train")
+    assert load_all(tmp_path, image_size=8)[0].shape == (7, 1, 8, 8)
+
+
+@pytest.mark.parametrize("size", [0, -3])
+def test_image_size_must_be_positive(tmp_path, size):
+    save_folder(tmp_path, (4, 4))
+    with pytest.raises(ValueError, match="image_size"):
+        load_dataset(f"folder:{tmp_path}", "train", image_size=size)
+
+
+@pytest.mark.parametrize("folders", [[], ["ant"], ["ant", "bee"], ["train", "test"], ["train/ant", "test/ant"]])
+def test_empty_folder_is_named(tmp_path, folders):
+    for folder in folders:
+        (tmp_path / folder).mkdir(parents=True)
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        load_dataset(f"folder:{tmp_path}", "train")
+
+
+def test_missing_folder_and_a_file_are_named(tmp_path):
+    for path in (tmp_path / "nowhere", save_image(tmp_path / "one.png", 3)):
+        with pytest.raises(ValueError, match=path.name):
+            load_dataset(f"folder:{path}", "train")
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_train_without_test_is_refused(tmp_path, split):
+    save_folder(tmp_path / "train", (4, 4))
+    with pytest.raises(ValueError, match=rf"{tmp_path} has train/ alone"):
+        load_dataset(f"folder:{tmp_path}", split)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_other_classes_in_test_are_refused(tmp_path, split):
+    save_folder(tmp_path / "train", (4, 4))
+    save_image(tmp_path / "test" / "bee" / "0.png", 1)
+    save_image(tmp_path / "test" / "cat" / "0.png", 1)
+    with pytest.raises(ValueError, match="cat"):
+        load_dataset(f"folder:{tmp_path}", split)
+
+
+def test_garbage_for_an_image_is_named(tmp_path):
+    save_folder(tmp_path, (6, 6), ending="jpg")
+    (tmp_path / "bee" / "03.jpg").write_bytes(b"no picture at all")
+    for split in ("train", "test"):
+        with pytest.raises(ValueError, match=r"03\.jpg"):
+            load_all(tmp_path, split)
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png"])
+@pytest.mark.parametrize("kept", [0.0, 0.1, 0.5, 0.8])
+def test_truncated_image_is_named(tmp_path, ending, kept):
+    save_folder(tmp_path, (6, 6), ending=ending)
+    broken = tmp_path / "bee" / f"03.{ending}"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 6), np.uint8)).save(broken)
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[: int(len(whole) * kept)])
+    with pytest.raises(ValueError, match=broken.name):
+        load_all(tmp_path)
+
+
+def test_header_that_claims_a_giant_image_is_named(tmp_path):
+    save_folder(tmp_path, (6, 6), ending="bmp")
+    broken = tmp_path / "bee" / "03.bmp"
+    broken.write_bytes(broken.read_bytes()[:18] + b"\x00\x00\x01\x00\x00\x00\x01\x00" + broken.read_bytes()[26:])
+    with pytest.raises(ValueError, match=broken.name):
+        load_all(tmp_path)
+
+
+# --- choosing ---------------------------------------------------------------------------------------------------------
+
+
+def test_take_is_stratified_and_fixed():
+    dataset = load_dataset("mnist5k", "test")
+    x, y = data.take(dataset, 203)
+    assert set(y.bincount().tolist()) == {20, 21}
+    assert torch.equal(x, data.take(dataset, 203)[0])
+    assert not torch.equal(x, data.take(dataset, 203, seed=1)[0])
+    assert len({image.numpy().tobytes() for image in x}) == 203
+
+
+def test_take_evens_out_what_it_can():
+    labels = np.array([0] + [1] * 9)
+    dataset = data.TensorImages(np.arange(10, dtype=np.uint8).reshape(10, 1, 1, 1), labels, ["a", "b"])
+    assert data.take(dataset, 4)[1].bincount().tolist() == [1, 3]
+    assert torch.equal(data.take(dataset, 10)[0], data.stack(dataset)[0])
+
+
+def test_take_from_a_folder(tmp_path):
+    x, y = data.take(load_dataset(f"folder:{save_folder(tmp_path, (10, 10))}", "train"), 6)
+    assert x.shape == (6, 1, 6, 6)
+    assert y.bincount().tolist() == [3, 3]
+
+
+@pytest.mark.parametrize("n", [0, -1, 1001])
+def test_take_of_too_few_or_too_many(n):
+    with pytest.raises(ValueError, match=str(n)):
+        data.take(load_dataset("mnist5k", "test"), n)
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_hold_out_parts_the_set(choose):
+    size = choose.draw(st.integers(2, 60_000))
+    n = choose.draw(st.integers(1, size - 1) | st.integers(max(1, size - 3), size - 1))
+    fit, held_out = data.hold_out(range(size), n)
+    assert len(held_out) == n
+    assert torch.equal(torch.cat([fit, held_out]).sort().values, torch.arange(size))
+
+
+@pytest.mark.parametrize("n", [0, 10, 11])
+def test_hold_out_needs_something_to_fit(n):
+    with pytest.raises(ValueError, match=str(n)):
+        data.hold_out(range(10), n)

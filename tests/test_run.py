@@ -1,0 +1,257 @@
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from apudae import run
+from apudae.files import ROOT, RUNS, data_root
+
+APUDAE = Path(sys.executable).with_name("apudae")
+
+PARAMETERS = """steps: int = 3  # how many
+rate: float = 0.5  # how fast
+loud: bool = False  # whether
+name: str = "seven"  # who
+fail: bool = False  # break on purpose
+run: str = "default"  # folder below data/runs/"""
+FIGURE = """import plotly.graph_objects as go
+import plotly.io as pio
+
+pio.renderers.default = "plotly_mimetype"
+go.Figure(go.Scatter(x=[0, 1, 2], y=[2, 0, 1]), layout={"title": {"text": "a zigzag"}})"""
+PROGRESS = """import sys
+print("\\r 50%", file=sys.stderr)
+print("kept")"""
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """A folder with one small notebook, 07_tiny, and an empty one for runs, in place of the repository's."""
+    cells = [
+        new_markdown_cell("# 07 · Tiny\n\n**Question.** Does it run?"),
+        new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}),
+        new_code_cell(FIGURE),
+        new_code_cell(PROGRESS),
+        new_code_cell('print("steps", steps, "rate", rate)', metadata={"tags": ["result"]}),
+        new_code_cell('assert not fail, "broken on purpose"'),
+    ]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    (tmp_path / "notebooks").mkdir()
+    nbformat.write(new_notebook(cells=cells, metadata=kernel), tmp_path / "notebooks" / "07_tiny.ipynb")
+    monkeypatch.setattr(run, "NOTEBOOKS", tmp_path / "notebooks")
+    monkeypatch.setattr(run, "RUNS", tmp_path / "runs")
+    for name in ("APUDAE_COMMIT", "APUDAE_COMMAND"):  # a run sets these for its kernel: the tests' end unsets them
+        monkeypatch.setenv(name, "tests")
+    monkeypatch.setenv("APUDAE_DATA", str(data_root()))
+    return tmp_path / "runs"
+
+
+def files_below(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+# --- parameters -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "checked"),
+    [
+        ("steps", "12", 12),
+        ("steps", 12, 12),
+        ("steps", "-1", -1),
+        ("rate", "0.25", 0.25),
+        ("rate", "2", 2.0),
+        ("rate", 2, 2.0),
+        ("rate", "1e-3", 0.001),
+        ("rate", "1E3", 1000.0),
+        ("loud", "true", True),
+        ("loud", "False", False),
+        ("loud", True, True),
+        ("name", "12", "12"),
+        ("name", "true", "true"),
+        ("name", "a: b [", "a: b ["),
+        ("name", "", ""),
+    ],
+)
+@pytest.mark.usefixtures("tiny")
+def test_parameters_take_the_type_of_their_default(name, given, checked):
+    found = run.check_parameters("07_tiny", {name: given})
+    assert found == {name: checked}
+    assert type(found[name]) is type(checked)
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("steps", "many"),
+        ("steps", "1.5"),
+        ("steps", 1.5),
+        ("steps", "true"),
+        ("steps", True),
+        ("steps", ""),
+        ("steps", None),
+        ("steps", "[1"),
+        ("steps", "{1: 2}"),
+        ("steps", "a: b: c"),
+        ("rate", "fast"),
+        ("rate", "1e"),
+        ("rate", True),
+        ("rate", [0.5]),
+        ("loud", "1"),
+        ("loud", 1),
+        ("loud", "loudly"),
+        ("name", 7),
+        ("name", None),
+    ],
+)
+@pytest.mark.usefixtures("tiny")
+def test_ill_typed_parameter_is_named_with_what_it_needs(name, given):
+    needed = {"steps": "int", "rate": "float", "loud": "bool", "name": "str"}[name]
+    with pytest.raises(ValueError, match=f"parameter {name} of 07_tiny.*needed: {needed}"):
+        run.check_parameters("07_tiny", {name: given})
+
+
+@pytest.mark.usefixtures("tiny")
+def test_unknown_names_list_what_there_is():
+    with pytest.raises(ValueError, match="'step' is unknown; there is: steps, rate, loud, name, fail, run"):
+        run.check_parameters("07_tiny", {"steps": 3, "step": 3})
+    with pytest.raises(ValueError, match="'08_huge' is unknown; there is: 07_tiny"):
+        run.check_parameters("08_huge", {})
+
+
+@pytest.mark.usefixtures("tiny")
+def test_declared_parameters_carry_their_comments():
+    declared = run.declared_parameters("07_tiny")
+    assert declared["rate"] == (0.5, "how fast")
+    assert list(declared) == ["steps", "rate", "loud", "name", "fail", "run"]
+
+
+# --- a real run -------------------------------------------------------------------------------------------------------
+
+
+def test_failure_then_success(tiny):
+    with pytest.raises(run.NotebookError, match=r"07_tiny, cell \d+: AssertionError: broken on purpose") as caught:
+        run.run_notebook("07_tiny", {"fail": "true", "run": "mine"})
+    failed = tiny / "mine" / "07_tiny.failed.ipynb"
+    assert str(failed) in str(caught.value)
+    assert files_below(tiny) == ["mine/07_tiny.failed.ipynb"]
+    last = nbformat.read(failed, as_version=4).cells[-1]
+    assert last.outputs[0].ename == "AssertionError"
+
+    executed = run.run_notebook("07_tiny", {"rate": "2", "run": "mine"})
+    assert executed == tiny / "mine" / "07_tiny.ipynb"
+    assert files_below(tiny) == ["mine/07_tiny.html", "mine/07_tiny.ipynb"]
+    assert run.tagged_text(executed, "result").strip() == "steps 3 rate 2.0"
+    notebook = nbformat.read(executed, as_version=4)
+    texts = [output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert any("kept" in text for text in texts)
+    assert not any("\r" in text for text in texts)
+
+    page = executed.with_suffix(".html").read_text()
+    assert "plotly-graph-div" in page
+    assert "a zigzag" in page
+    assert not re.search(r"<script[^>]+src=[^>]+plotly", page), "the page must draw its figures without a network"
+
+
+def test_command_prints_the_result_and_both_paths(tiny, monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", ["apudae", "run", "notebooks/07_tiny.ipynb"])
+    with pytest.raises(SystemExit) as ended:
+        run.main()
+    assert not ended.value.code
+    printed = capfd.readouterr().out
+    assert "steps 3 rate 0.5" in printed
+    assert "default/07_tiny.ipynb" in printed
+    assert "default/07_tiny.html" in printed
+    assert files_below(tiny) == ["default/07_tiny.html", "default/07_tiny.ipynb"]
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+UNTOUCHED = "test-of-bad-input"  # the run folder that none of the commands below may make
+IN_RUN = ("-p", "run", UNTOUCHED)
+BAD_COMMANDS = {
+    "unknown notebook": (["99_nothing", *IN_RUN], "99_nothing"),
+    "unknown parameter": (["01_train_classifier", *IN_RUN, "-p", "stepz", "3"], "stepz"),
+    "ill-typed value": (["01_train_classifier", *IN_RUN, "-p", "steps", "many"], "many"),
+    "value that is no YAML": (["01_train_classifier", *IN_RUN, "-p", "steps", "[1"], "steps"),
+    "unknown key in a file": (["01_train_classifier", *IN_RUN, "-f", "unknown.yaml"], "stepz"),
+    "ill-typed value in a file": (["01_train_classifier", *IN_RUN, "-f", "ill-typed.yaml"], "many"),
+    "missing file": (["01_train_classifier", *IN_RUN, "-f", "missing.yaml"], "missing.yaml"),
+    "file with a list": (["01_train_classifier", *IN_RUN, "-f", "list.yaml"], "list.yaml"),
+    "empty file": (["01_train_classifier", *IN_RUN, "-f", "empty.yaml"], "empty.yaml"),
+    "file that is no YAML": (["01_train_classifier", *IN_RUN, "-f", "broken.yaml"], "broken.yaml"),
+    "file that is no text": (["01_train_classifier", *IN_RUN, "-f", "bytes.yaml"], "bytes.yaml"),
+}
+FILES = {
+    "unknown.yaml": b"steps: 3\nstepz: 3\n",
+    "ill-typed.yaml": b"steps: many\n",
+    "list.yaml": b"- steps\n- 3\n",
+    "empty.yaml": b"",
+    "broken.yaml": b"steps: [3\n",
+    "bytes.yaml": b"\xff\xfe\x00\x01",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("commands")
+    for name, content in FILES.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def command(folder, *words):
+    return subprocess.run([APUDAE, *words], cwd=folder, capture_output=True, text=True, timeout=120)
+
+
+def check_refused(returned, status, errors, named):
+    assert status == 2
+    assert returned == ""
+    assert "Traceback" not in errors
+    assert len(errors.splitlines()) == 1, errors
+    assert errors.startswith("apudae: ")
+    assert named in errors
+    assert not (RUNS / UNTOUCHED).exists()
+
+
+@pytest.mark.parametrize("case", BAD_COMMANDS)
+def test_bad_input_is_one_line_and_status_2(case, folder, monkeypatch, capfd):
+    words, named = BAD_COMMANDS[case]
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["apudae", "run", *words])
+    with pytest.raises(SystemExit) as ended:
+        run.main()
+    printed = capfd.readouterr()
+    check_refused(printed.out, ended.value.code, printed.err, named)
+
+
+def test_installed_command_refuses_as_well(folder):
+    """One of these cases through the installed command, where imports could print warnings."""
+    words, named = BAD_COMMANDS["unknown parameter"]
+    process = command(folder, "run", *words)
+    check_refused(process.stdout, process.returncode, process.stderr, named)
+
+
+def test_list_of_notebooks_shows_questions_and_parameters(folder):
+    listed = command(folder, "notebooks")
+    assert (listed.returncode, listed.stderr) == (0, "")
+    flat = " ".join(listed.stdout.split())
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        first = nbformat.read(path, as_version=4).cells[0].source
+        question = next(line for line in first.splitlines() if line.startswith("**Question.**"))
+        assert path.stem in listed.stdout
+        assert question.removeprefix("**Question.** ") in flat
+        for name, (default, comment) in run.declared_parameters(path.stem).items():
+            assert f"{name} = {default!r} {comment}" in flat
+
+
+def test_help_names_the_commands(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["apudae", "-h"])
+    with pytest.raises(SystemExit) as ended:
+        run.main()
+    assert ended.value.code == 0
+    assert re.search(r"^  notebooks .*\n  run ", capsys.readouterr().out, re.M)

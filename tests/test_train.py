@@ -1,0 +1,256 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import images, seeded, tiny_dae
+from safetensors import safe_open
+from torch.utils.data import Subset
+
+from apudae import load_dataset
+from apudae.classifiers import MLP
+from apudae.dae import DAE
+from apudae.data import stack, take
+from apudae.train import Recipe, _shifted, fit, train_classifier, train_dae
+
+SHORT = Recipe(steps=30, batch_size=32, seed=1)
+
+
+@pytest.fixture(scope="module")
+def few():
+    """320 training digits, 32 of each class."""
+    digits = load_dataset("mnist5k", "train")
+    return Subset(digits, list(range(0, 4000, 12))[:320])
+
+
+def weights(model):
+    """All weights and buffers in one row; NaN (no calibration yet) equals itself."""
+    return torch.cat([value.flatten().double() for value in model.state_dict().values()]).nan_to_num(-1)
+
+
+def trained(few, run_dir=None, recipe=SHORT, noise_std_max=0.5, width=4):
+    torch.manual_seed(0)
+    dae = DAE(1, 2, width)
+    curve = train_dae(dae, few, recipe, noise_std_max=noise_std_max, run_dir=run_dir)
+    return dae, curve
+
+
+# --- learning ---------------------------------------------------------------------------------------------------------
+
+
+def test_classifier_learns(few, digits):
+    torch.manual_seed(0)
+    classifier, (x, y) = MLP(), digits
+    before = F.cross_entropy(classifier(x), y)
+    curve = train_classifier(classifier, few, Recipe(steps=120, batch_size=64), shift=1)
+    assert not classifier.training
+    assert F.cross_entropy(classifier(x), y) < before / 2
+    assert (classifier(x).argmax(1) == y).float().mean() > 0.6
+    assert curve[-1]["step"] == 120
+    assert curve[-1]["loss"] < before
+
+
+def test_autoencoder_learns(few, digits):
+    x = digits[0]
+    noisy = x + 0.3 * torch.randn(x.shape, generator=seeded())
+    torch.manual_seed(0)
+    dae = DAE(1, 3, 8)
+    identity = F.mse_loss(noisy, x)
+    train_dae(dae, few, Recipe(steps=60, batch_size=32, learning_rate=5e-3), noise_std_max=0.5)
+    assert not dae.training
+    assert F.mse_loss(dae(noisy), x) < 0.7 * identity
+
+
+def test_curve_is_the_mean_loss_since_the_last_point(few):
+    values = []
+
+    def loss(model, x, y, generator):
+        values.append(F.mse_loss(model(x + 0.1), x))
+        return values[-1]
+
+    curve = fit(tiny_dae(), loss, few, Recipe(steps=25, batch_size=32), save_every=10)
+    assert [point["step"] for point in curve] == [10, 20, 25]
+    means = [torch.stack(values[a:b]).mean().item() for a, b in ((0, 10), (10, 20), (20, 25))]
+    assert [point["loss"] for point in curve] == pytest.approx(means, rel=1e-5)
+
+
+def test_epochs_show_every_image_once():
+    x, seen = images(12, 1, 1, 1), []
+    dataset = list(zip(x, torch.arange(12), strict=True))
+
+    def loss(model, x, y, generator):
+        seen.extend(y.tolist())
+        return model(x).square().mean()
+
+    fit(tiny_dae(), loss, dataset, Recipe(steps=6, batch_size=4))
+    first, second = seen[:12], seen[12:]
+    assert sorted(first) == sorted(second) == list(range(12))
+    assert first != second
+
+
+def test_noise_is_drawn_for_each_image():
+    """Eq. 1: every black image gets a noise strength of its own, uniform in [0, σ_max], and is never clipped."""
+    found = []
+
+    class Spy(DAE):
+        def forward(self, x):
+            found.append(x.detach())
+            return super().forward(x)
+
+    black = [(torch.zeros(1, 16, 16), 0)] * 64
+    train_dae(Spy(1, 2, 4), black, Recipe(steps=20, batch_size=64), noise_std_max=0.6)
+    stds = torch.cat(found).flatten(1).std(1)
+    assert stds.max() < 0.75
+    assert torch.histc(stds, 4, 0, 0.6).min() > 0.2 * len(stds)  # uniform, up to the noise of 256 pixels
+    assert (torch.cat(found) < 0).any()
+
+
+def test_shifts_move_each_image_by_itself():
+    x = torch.zeros(200, 1, 7, 7)
+    x[:, 0, 3, 3] = 1
+    moved = _shifted(x, 2, seeded())
+    assert moved.shape == x.shape
+    assert torch.equal(moved.flatten(1).sum(1), torch.ones(200))
+    places = {tuple(place) for place in moved[:, 0].nonzero()[:, 1:].tolist()}
+    assert places == {(row, column) for row in range(1, 6) for column in range(1, 6)}
+    assert torch.equal(_shifted(x, 0, seeded()), x)
+
+
+# --- repeatable and resumable -----------------------------------------------------------------------------------------
+
+
+def test_same_seed_same_weights(few):
+    first, second, other = trained(few), trained(few), trained(few, recipe=Recipe(steps=30, batch_size=32, seed=2))
+    assert torch.equal(weights(first[0]), weights(second[0]))
+    assert first[1] == second[1]
+    assert not torch.equal(weights(first[0]), weights(other[0]))
+
+
+def test_run_folder_changes_no_result_and_stays_tidy(few, tmp_path):
+    plain, kept = trained(few), trained(few, tmp_path / "run")
+    assert torch.equal(weights(plain[0]), weights(kept[0]))
+    assert plain[1] == kept[1]
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["state.safetensors"]
+
+
+def test_finished_run_is_not_trained_again(few, tmp_path):
+    first, curve = trained(few, tmp_path)
+    stamp = (tmp_path / "state.safetensors").stat().st_mtime_ns
+    again, same_curve = trained(few, tmp_path)
+    assert torch.equal(weights(first), weights(again))
+    assert curve == same_curve
+    assert (tmp_path / "state.safetensors").stat().st_mtime_ns == stamp
+    assert not again.training
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"recipe": Recipe(steps=40, batch_size=32, seed=1)}, {"noise_std_max": 0.4}, {"images": 100}, {"width": 5}],
+)
+def test_run_folder_of_another_training_is_refused(few, tmp_path, changed):
+    trained(few, tmp_path)
+    dataset = Subset(few, range(changed.pop("images", len(few))))
+    with pytest.raises(ValueError, match=r"state\.safetensors belongs to another training"):
+        trained(dataset, tmp_path, **changed)
+
+
+SLOW_TRAINING = """
+import sys, time
+sys.path.insert(0, sys.argv[2])
+import torch, test_train
+torch.set_num_threads(1)
+test_train.train_to_be_killed(sys.argv[1], pause=0.05)
+"""
+
+
+def train_to_be_killed(run_dir, pause=0.0):
+    """40 steps, kept every 4; with a pause in each, there is time to kill them."""
+    torch.manual_seed(0)
+    dae = DAE(1, 2, 4)
+
+    def loss(model, x, y, generator):
+        time.sleep(pause)
+        return F.mse_loss(model(x + 0.3 * torch.randn(x.shape, generator=generator)), x)
+
+    digits = Subset(load_dataset("mnist5k", "train"), range(0, 4000, 25))
+    curve = fit(dae, loss, digits, Recipe(steps=40, batch_size=16), run_dir=run_dir, save_every=4)
+    return dae, curve
+
+
+def kill_once_kept(run_dir, after):
+    """Start the training in another process, and kill -9 it when its state was written after `after`."""
+    command = [sys.executable, "-c", SLOW_TRAINING, str(run_dir), os.path.dirname(__file__)]
+    process, state = subprocess.Popen(command), run_dir / "state.safetensors"
+    while process.poll() is None and not (state.is_file() and state.stat().st_mtime_ns > after):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait(60) == -signal.SIGKILL, "it ended before it could be killed"
+    with safe_open(state, framework="pt") as kept:
+        return state.stat().st_mtime_ns, kept.metadata()["curve"].count("step")
+
+
+def test_killed_training_goes_on_to_the_same_result(tmp_path):
+    written, points = kill_once_kept(tmp_path / "killed", after=0)
+    _, more_points = kill_once_kept(tmp_path / "killed", after=written)
+    assert 1 <= points < more_points < 10
+    (tmp_path / "killed" / ".state.1.partial.safetensors").write_bytes(b"half a file, as a kill leaves it")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    resumed, undisturbed = (train_to_be_killed(tmp_path / name) for name in ("killed", "undisturbed"))
+    torch.set_num_threads(threads)
+    assert resumed[1] == undisturbed[1]
+    assert torch.equal(weights(resumed[0]), weights(undisturbed[0]))
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"steps": 0},
+        {"steps": 2.5},
+        {"steps": "9"},
+        {"batch_size": 0},
+        {"batch_size": 8.5},
+        {"learning_rate": -1.0},
+        {"learning_rate": float("nan")},
+        {"seed": -1},
+        {"seed": 0.5},
+    ],
+)
+def test_bad_recipe_is_named(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        Recipe(**{"steps": 5} | bad)
+
+
+def test_batch_larger_than_the_data_set(few):
+    with pytest.raises(ValueError, match=r"320 images.*400"):
+        trained(few, recipe=Recipe(steps=5, batch_size=400))
+
+
+def test_bad_noise_and_shift(few):
+    with pytest.raises(ValueError, match="noise_std_max"):
+        trained(few, noise_std_max=-0.1)
+    for shift in (-1, 1.5):
+        with pytest.raises(ValueError, match="shift"):
+            train_classifier(MLP(), few, SHORT, shift=shift)
+
+
+def test_loss_that_explodes_is_reported_and_not_kept(few, tmp_path):
+    def loss(model, x, y, generator):
+        return model(x).mean() * torch.inf
+
+    with pytest.raises(ValueError, match="learning_rate"):
+        fit(tiny_dae(), loss, few, SHORT, run_dir=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_same_choice_of_digits_for_training_and_tests(few):
+    """The digits of these tests are training digits: none is among the held-out ones of the fixtures."""
+    shown = {image.numpy().tobytes() for image in take(load_dataset("mnist5k", "test"), 1000)[0]}
+    assert not shown & {image.numpy().tobytes() for image in stack(few)[0]}
