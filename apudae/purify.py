@@ -1,39 +1,104 @@
 """Purification (section 2.3): a few gradient steps on the *image* that lower its reconstruction error (Eq. 2)."""
 
+import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .contracts import check_at_least, check_images, check_known, frozen
+from .contracts import as_generator, check_at_least, check_images, check_known, frozen
 from .dae import squared_distance
 
-StepRule = Literal["sign", "gradient"]
+Loss = Literal["dist", "two_sided", "hinge"]
+StepRule = Literal["sign", "adam", "gradient", "l2"]
+Schedule = Literal["constant", "error"]
+NoiseRule = Literal["normal", "adaptive"]
 Backward = Literal["none", "identity", "dae", "exact"]
+CHOICES = {"loss": Loss, "step_rule": StepRule, "schedule": Schedule, "noise_rule": NoiseRule}
 
 
 @dataclass(frozen=True)
 class PurifyConfig:
-    """How to purify. `steps` moves of about `step_size` a pixel; `direct` takes the autoencoder's output instead.
+    """How to purify: the parts of Eq. 2 and of the variants of section 2.3. ValueError for parts that contradict.
 
-    `step_rule`: "sign" moves every pixel by `step_size` against the gradient's sign; "gradient" is Eq. 2 to the letter.
+    - `steps`, `step_size`: n and α, in [0, 1] pixels. `direct`: the autoencoder's output instead of any step.
+    - `loss`: "dist" the error itself, "two_sided" |dist − μ|/σ, "hinge" max(dist − μ, 0)/σ.
+    - `step_rule`: "sign" moves each pixel by α against the gradient's sign; "adam" by Adam's rule with `betas`;
+      "gradient" is Eq. 2 to the letter; "l2" moves by α a pixel in the mean square, along the gradient.
+    - `schedule`: "constant" α, or "error": α(1 − exp(−((dist − μ)/σ)²)).
+    - `noise_std`: γ, noise before each step: "normal" N(0, 1), or "adaptive" as in the authors' script.
+    - `resize`, `rotation`: factor and degrees of the transform before the first step; `random_transform` draws both
+      uniformly between no change and so much either way; `transform_back` undoes it after the last step.
     """
 
     steps: int = 15
     step_size: float = 0.01
+    loss: Loss = "dist"
     step_rule: StepRule = "sign"
+    schedule: Schedule = "constant"
+    betas: tuple[float, float] = (0.9, 0.999)
+    noise_std: float = 0.0
+    noise_rule: NoiseRule = "normal"
+    resize: float = 1.0
+    rotation: float = 0.0
+    random_transform: bool = False
+    transform_back: bool = False
     direct: bool = False
 
     def __post_init__(self) -> None:
-        check_at_least(0, steps=self.steps, step_size=self.step_size)
-        check_known("step rule", self.step_rule, get_args(StepRule))
+        check_at_least(0, steps=self.steps, step_size=self.step_size, noise_std=self.noise_std)
+        check_at_least(0.01, resize=self.resize)
+        check_at_least(-360, rotation=self.rotation)
+        if not isinstance(self.steps, int):
+            raise ValueError(f"steps is {self.steps!r}; needed: a whole number")
+        for name, choices in CHOICES.items():
+            check_known(name, getattr(self, name), get_args(choices))
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas are {self.betas!r}; needed: two numbers of at least 0 and below 1")
+        if self.direct and (self.noise_std or self.transforms):
+            raise ValueError("direct takes no steps, yet noise_std, resize or rotation is given; leave one of them out")
+        if (self.random_transform or self.transform_back) and not self.transforms:
+            raise ValueError("random_transform or transform_back is set, but resize is 1 and rotation 0: nothing to do")
+
+    @property
+    def transforms(self) -> bool:
+        """Whether the image is resized or rotated before the first step."""
+        return (self.resize, self.rotation) != (1.0, 0.0)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether μ and σ of the autoencoder are needed."""
+        return not self.direct and (self.loss, self.schedule, self.noise_rule) != ("dist", "constant", "normal")
+
+    @property
+    def is_random(self) -> bool:
+        """Whether two runs with different seeds differ."""
+        return self.noise_std > 0 or self.random_transform
 
 
+# Section 2.3, with the paper's n and α for MNIST (section 3.1); `dataclasses.replace` for others.
 PRESETS: dict[str, PurifyConfig] = {
-    "direct": PurifyConfig(direct=True),  # X_pur = DAE(X_adv), section 2.2
+    # section 2.2: X_pur = DAE(X_adv)
+    "direct": PurifyConfig(direct=True),
+    # α_i = α, n fixed, β = 0
     # paper: a raw gradient step; here: its sign, because only so a step moves a pixel by about α (Appendix C)
-    "A": PurifyConfig(),  # α_i = α, n fixed, β = 0; n = 15 and α = 0.01 are the paper's for MNIST
+    "A": PurifyConfig(),
+    # A with Adam
+    "B": PurifyConfig(step_rule="adam"),
+    # B with α_i = α(1 − exp(−((dist − μ)/σ)²))
+    # paper: X in place of dist; here: dist(x_i), because μ and σ are those of the error
+    "C": PurifyConfig(step_rule="adam", schedule="error"),
+    # B on L = |dist − μ|/σ
+    # paper: prints E's formula; here: two-sided, because the text of E says that D raises small errors
+    "D": PurifyConfig(step_rule="adam", loss="two_sided"),
+    # B on L = max(dist − μ, 0)/σ: an image at or under μ stays untouched
+    "E": PurifyConfig(step_rule="adam", loss="hinge"),
+    # E with γ·N(0, I) added before each step
+    "F": PurifyConfig(step_rule="adam", loss="hinge", noise_std=0.02),
+    # E from a resized and rotated start
+    "G": PurifyConfig(step_rule="adam", loss="hinge", resize=1.05, rotation=5.0, random_transform=True),
 }
 
 
@@ -45,13 +110,34 @@ def resolve_config(config: str | PurifyConfig) -> PurifyConfig:
     return PRESETS[config]
 
 
-def purify(dae: nn.Module, x: Tensor, config: str | PurifyConfig = "A") -> Tensor:
+def purify(dae: nn.Module, x: Tensor, config: str | PurifyConfig = "A", seed: int | torch.Generator = 0) -> Tensor:
     """Purified images, in [0, 1], of the shape of `x` (n, C, H, W); each image's result depends on itself alone.
 
     `config` is a name in `PRESETS` or a `PurifyConfig`; `steps=0` returns `x` unchanged. Memory does not grow with the
-    number of steps. Works under `torch.no_grad`. Raises ValueError for input that breaks the contracts of `apudae`.
+    number of steps. Works under `torch.no_grad`. Raises ValueError for input that breaks the contracts of `apudae`, and
+    for a configuration that needs μ and σ with an autoencoder that was never calibrated.
     """
-    return Purifier(dae, config)(x)
+    return Purifier(dae, config, seed=seed)(x)
+
+
+class Step(NamedTuple):
+    """One line of a trajectory: images before the step, their errors (n,), and the α of the step (n,), 0 at rest."""
+
+    images: Tensor
+    errors: Tensor
+    step_sizes: Tensor
+
+
+def trajectory(
+    dae: nn.Module, x: Tensor, config: str | PurifyConfig = "A", seed: int | torch.Generator = 0
+) -> list[Step]:
+    """Every step of `purify`, and the end as a last line with step sizes 0."""
+    purifier, steps = Purifier(dae, config, seed=seed), []
+    purifier.record = steps
+    purified = purifier(x)
+    with torch.no_grad(), frozen(dae):
+        errors = squared_distance(purified, dae(purified))
+    return [*steps, Step(purified, errors, torch.zeros_like(errors))]
 
 
 class Purifier(nn.Module):
@@ -59,17 +145,30 @@ class Purifier(nn.Module):
 
     `backward` says what an attacker's gradient sees: "none" nothing (the output is detached), "identity" no purifier
     (BPDA, Athalye et al. 2018), "dae" one pass through the autoencoder, "exact" all unrolled steps, with
-    tanh(g / mean|g|) in place of sign(g) on the way back.
+    tanh(g / mean|g|) in place of sign(g) on the way back. Randomness (F, G) goes on from call to call.
     """
 
-    def __init__(self, dae: nn.Module, config: str | PurifyConfig = "A", backward: Backward = "none") -> None:
+    def __init__(
+        self,
+        dae: nn.Module,
+        config: str | PurifyConfig = "A",
+        backward: Backward = "none",
+        seed: int | torch.Generator = 0,
+    ) -> None:
         super().__init__()
         check_known("backward", backward, get_args(Backward))
         self.dae, self.config, self.backward = dae, resolve_config(config), backward
+        self.generator, self.record = as_generator(seed), None
+        if self.config.calibrated and not math.isfinite(getattr(dae, "recon_mu", math.nan)):
+            raise ValueError(
+                f"{self.config} needs μ and σ of the reconstruction error, and this autoencoder has none; "
+                "measure them with apudae.dae.calibrate on held-out training images"
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         check_images(x)
-        with frozen(self.dae):
+        with frozen(self.dae), torch.inference_mode(False):  # gradients of the image are needed in any case
+            x = x.clone() if x.is_inference() else x
             if self.backward == "exact":
                 return self._purified(x, exact=True)
             purified = self._purified(x.detach(), exact=False).detach()
@@ -78,20 +177,149 @@ class Purifier(nn.Module):
             return _StraightThrough.apply(x if self.backward == "identity" else self.dae(x), purified)
 
     def _purified(self, x: Tensor, *, exact: bool) -> Tensor:
-        if self.config.direct:
+        """X_pur,0 … X_pur,n of Eq. 2."""
+        config = self.config
+        if config.direct:
             return self.dae(x).clamp(0, 1)
-        for _ in range(self.config.steps):  # Eq. 2 with β = 0
-            x = (x - self.config.step_size * self._direction(x, exact=exact)).clamp(0, 1)
-        return x
+        if config.steps == 0:
+            return x
+        draws = _Draws(len(x), self.generator) if config.is_random else None
+        matrix = _matrices(x, config, draws) if config.transforms else None
+        if matrix is not None:  # G: X_pur,0 = t(X_adv, f, θ)
+            x = _resampled(x, matrix)
+        at_rest_for_good = config.loss == "hinge" and config.noise_std == 0
+        active = torch.arange(len(x), device=x.device)  # the images that can still move; the others leave the work
+        if at_rest_for_good:
+            active = active[self._errors(x) > self.dae.recon_mu]
+        moments = _Moments(x, config.betas) if config.step_rule == "adam" else None
+        for _ in range(config.steps):
+            if config.noise_std > 0:  # F: X_pur,i + γ r
+                x = self._noisy(x, draws)
+            if len(active) == 0:
+                break
+            errors, gradients = self._errors_and_gradients(x[active], exact=exact)
+            slopes, sizes = self._slopes(errors), self._step_sizes(errors)
+            if self.record is not None:
+                self._remember(x, active, errors, sizes * (slopes != 0))
+            moves = slopes != 0
+            moving = active[moves]
+            gradients = _per_image(slopes[moves]) * gradients[moves]
+            step = _per_image(sizes[moves]) * self._direction(gradients, moving, moments, exact=exact)
+            x = x.index_put((moving,), (x[moving] - step).clamp(0, 1))  # paper: never clips; here: images stay images
+            if at_rest_for_good:
+                active = moving
+        return _resampled(x, torch.linalg.inv(matrix)) if config.transform_back else x
 
-    def _direction(self, x: Tensor, *, exact: bool) -> Tensor:
+    @torch.no_grad()
+    def _errors(self, x: Tensor) -> Tensor:
+        return squared_distance(x, self.dae(x))
+
+    def _errors_and_gradients(self, x: Tensor, *, exact: bool) -> tuple[Tensor, Tensor]:
+        """dist of each image and its gradient, from one pass: (n,) and (n, C, H, W)."""
         with torch.enable_grad():
             x = x if exact and x.requires_grad else x.detach().requires_grad_()
-            error = squared_distance(x, self.dae(x)).sum()  # a sum over images: each one's gradient is its own
-            (gradient,) = torch.autograd.grad(error, x, create_graph=exact)
+            errors = squared_distance(x, self.dae(x))
+            (gradients,) = torch.autograd.grad(errors.sum(), x, create_graph=exact)  # of a sum: each image its own
+        return (errors if exact else errors.detach()), gradients
+
+    def _slopes(self, errors: Tensor) -> Tensor:
+        """dL/d dist for each image: 0 where it is to stay."""
+        if self.config.loss == "dist":
+            return torch.ones_like(errors)
+        above = (errors - self.dae.recon_mu).detach()
+        signs = above.sign() if self.config.loss == "two_sided" else (above > 0).to(errors)
+        return signs / self.dae.recon_sigma
+
+    def _step_sizes(self, errors: Tensor) -> Tensor:
+        """α_i for each image."""
+        if self.config.schedule == "constant":
+            return torch.full_like(errors, self.config.step_size)
+        deviations = (errors - self.dae.recon_mu) / self.dae.recon_sigma
+        return self.config.step_size * (1 - torch.exp(-deviations.square()))
+
+    def _direction(self, gradients: Tensor, moving: Tensor, moments: "_Moments | None", *, exact: bool) -> Tensor:
+        """w_i, scaled so that a step moves a pixel by about α (but for the "gradient" of Eq. 2 itself)."""
         if self.config.step_rule == "gradient":
-            return gradient
-        return _SmoothSign.apply(gradient) if exact else gradient.sign()
+            return gradients
+        if self.config.step_rule == "sign":
+            return _SmoothSign.apply(gradients) if exact else gradients.sign()
+        if self.config.step_rule == "l2":
+            norm = _per_image(gradients.flatten(1).norm(dim=1)).clamp_min(torch.finfo(gradients.dtype).tiny)
+            return gradients / norm * math.sqrt(gradients[0].numel()) if len(gradients) else gradients
+        return moments.updated(gradients, moving)
+
+    def _noisy(self, x: Tensor, draws: "_Draws") -> Tensor:
+        if self.config.noise_rule == "normal":
+            return (x + self.config.noise_std * draws.normal(x)).clamp(0, 1)
+        above = (self._errors(x.detach()) - self.dae.recon_mu) / self.dae.recon_sigma
+        scale = self.config.noise_std * _per_image(above.clamp(0, 1))
+        return (x + scale * (2 * draws.uniform(x) - 1)).clamp(0, 1)
+
+    def _remember(self, x: Tensor, active: Tensor, errors: Tensor, sizes: Tensor) -> None:
+        kept = self.record[-1].errors if self.record else self._errors(x)
+        filled = kept.index_put((active,), errors.detach())
+        self.record.append(Step(x.detach(), filled, torch.zeros_like(filled).index_put((active,), sizes.detach())))
+
+
+class _Moments:
+    """Adam's two moments and step counts of every image; an image at rest keeps its own."""
+
+    def __init__(self, x: Tensor, betas: tuple[float, float]) -> None:
+        self.betas = betas
+        self.first, self.second = torch.zeros_like(x), torch.zeros_like(x)
+        self.counts = torch.zeros_like(x[:, :1, :1, :1])
+
+    def updated(self, gradients: Tensor, moving: Tensor) -> Tensor:
+        beta1, beta2 = self.betas
+        first = beta1 * self.first[moving] + (1 - beta1) * gradients
+        second = beta2 * self.second[moving] + (1 - beta2) * gradients.square()
+        counts = self.counts[moving] + 1
+        self.first = self.first.index_put((moving,), first)
+        self.second = self.second.index_put((moving,), second)
+        self.counts = self.counts.index_put((moving,), counts)
+        smallest = torch.finfo(gradients.dtype).tiny  # keeps the root differentiable where a gradient is 0
+        spread = (second / (1 - beta2**counts)).clamp_min(smallest).sqrt()
+        return first / (1 - beta1**counts) / (spread + 1e-12)  # so small that betas of 0 give the sign step
+
+
+class _Draws:
+    """Random numbers with a generator for each image, so that an image's noise does not depend on its batch."""
+
+    def __init__(self, n: int, generator: torch.Generator) -> None:
+        seeds = torch.randint(2**62, (n,), generator=generator).tolist()
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def normal(self, x: Tensor) -> Tensor:
+        """N(0, 1) in the shape of `x`."""
+        return torch.stack([torch.randn(x.shape[1:], generator=each) for each in self.generators]).to(x)
+
+    def uniform(self, x: Tensor) -> Tensor:
+        """U[0, 1] in the shape of `x`."""
+        return torch.stack([torch.rand(x.shape[1:], generator=each) for each in self.generators]).to(x)
+
+
+def _matrices(x: Tensor, config: PurifyConfig, draws: _Draws | None) -> Tensor:
+    """Affine matrices (n, 2, 2) in pixels that resize by f and rotate by θ, drawn for each image when random."""
+    share = torch.ones(len(x), 2)
+    if draws is not None and config.random_transform:
+        share = 2 * torch.stack([torch.rand(2, generator=each) for each in draws.generators]) - 1
+    factor = 1 + share[:, 0] * (config.resize - 1)
+    angle = torch.deg2rad(share[:, 1] * config.rotation)
+    cosine, sine = angle.cos() / factor, angle.sin() / factor  # the grid looks up where a pixel comes from
+    return torch.stack([cosine, -sine, sine, cosine], 1).view(-1, 2, 2).to(x)
+
+
+def _resampled(x: Tensor, matrix: Tensor) -> Tensor:
+    """`x` looked up bilinearly through `matrix` about the centre; zeros come in from outside."""
+    height, width = x.shape[2:]
+    aspect = matrix.new_tensor([[1.0, height / width], [width / height, 1.0]])  # pixels to [−1, 1] coordinates
+    theta = torch.cat([matrix * aspect, matrix.new_zeros(len(x), 2, 1)], 2)
+    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False).clamp(0, 1)
+
+
+def _per_image(values: Tensor) -> Tensor:
+    return values.view(-1, 1, 1, 1)
 
 
 class _StraightThrough(torch.autograd.Function):
