@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .contracts import as_generator, check_at_least, check_images, check_known, frozen
 from .dae import squared_distance
+from .transforms import Draws, affine_matrices, resampled
 
 Loss = Literal["dist", "two_sided", "hinge"]
 StepRule = Literal["sign", "adam", "gradient", "l2"]
@@ -183,10 +183,10 @@ class Purifier(nn.Module):
             return self.dae(x).clamp(0, 1)
         if config.steps == 0:
             return x
-        draws = _Draws(len(x), self.generator) if config.is_random else None
-        matrix = _matrices(x, config, draws) if config.transforms else None
+        draws = Draws(len(x), self.generator) if config.is_random else None
+        matrix = self._drawn_matrices(x, draws) if config.transforms else None
         if matrix is not None:  # G: X_pur,0 = t(X_adv, f, θ)
-            x = _resampled(x, matrix)
+            x = resampled(x, matrix)
         at_rest_for_good = config.loss == "hinge" and config.noise_std == 0
         active = torch.arange(len(x), device=x.device)  # the images that can still move; the others leave the work
         if at_rest_for_good:
@@ -208,7 +208,11 @@ class Purifier(nn.Module):
             x = x.index_put((moving,), (x[moving] - step).clamp(0, 1))  # paper: never clips; here: images stay images
             if at_rest_for_good:
                 active = moving
-        return _resampled(x, torch.linalg.inv(matrix)) if config.transform_back else x
+        return resampled(x, torch.linalg.inv(matrix)) if config.transform_back else x
+
+    def _drawn_matrices(self, x: Tensor, draws: Draws | None) -> Tensor:
+        config = self.config
+        return affine_matrices(x, config.resize, config.rotation, draws if config.random_transform else None)
 
     @torch.no_grad()
     def _errors(self, x: Tensor) -> Tensor:
@@ -248,7 +252,7 @@ class Purifier(nn.Module):
             return gradients / norm * math.sqrt(gradients[0].numel()) if len(gradients) else gradients
         return moments.updated(gradients, moving)
 
-    def _noisy(self, x: Tensor, draws: "_Draws") -> Tensor:
+    def _noisy(self, x: Tensor, draws: Draws) -> Tensor:
         if self.config.noise_rule == "normal":
             return (x + self.config.noise_std * draws.normal(x)).clamp(0, 1)
         above = (self._errors(x.detach()) - self.dae.recon_mu) / self.dae.recon_sigma
@@ -280,42 +284,6 @@ class _Moments:
         smallest = torch.finfo(gradients.dtype).tiny  # keeps the root differentiable where a gradient is 0
         spread = (second / (1 - beta2**counts)).clamp_min(smallest).sqrt()
         return first / (1 - beta1**counts) / (spread + 1e-12)  # so small that betas of 0 give the sign step
-
-
-class _Draws:
-    """Random numbers with a generator for each image, so that an image's noise does not depend on its batch."""
-
-    def __init__(self, n: int, generator: torch.Generator) -> None:
-        seeds = torch.randint(2**62, (n,), generator=generator).tolist()
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-
-    def normal(self, x: Tensor) -> Tensor:
-        """N(0, 1) in the shape of `x`."""
-        return torch.stack([torch.randn(x.shape[1:], generator=each) for each in self.generators]).to(x)
-
-    def uniform(self, x: Tensor) -> Tensor:
-        """U[0, 1] in the shape of `x`."""
-        return torch.stack([torch.rand(x.shape[1:], generator=each) for each in self.generators]).to(x)
-
-
-def _matrices(x: Tensor, config: PurifyConfig, draws: _Draws | None) -> Tensor:
-    """Affine matrices (n, 2, 2) in pixels that resize by f and rotate by θ, drawn for each image when random."""
-    share = torch.ones(len(x), 2)
-    if draws is not None and config.random_transform:
-        share = 2 * torch.stack([torch.rand(2, generator=each) for each in draws.generators]) - 1
-    factor = 1 + share[:, 0] * (config.resize - 1)
-    angle = torch.deg2rad(share[:, 1] * config.rotation)
-    cosine, sine = angle.cos() / factor, angle.sin() / factor  # the grid looks up where a pixel comes from
-    return torch.stack([cosine, -sine, sine, cosine], 1).view(-1, 2, 2).to(x)
-
-
-def _resampled(x: Tensor, matrix: Tensor) -> Tensor:
-    """`x` looked up bilinearly through `matrix` about the centre; zeros come in from outside."""
-    height, width = x.shape[2:]
-    aspect = matrix.new_tensor([[1.0, height / width], [width / height, 1.0]])  # pixels to [−1, 1] coordinates
-    theta = torch.cat([matrix * aspect, matrix.new_zeros(len(x), 2, 1)], 2)
-    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
-    return F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False).clamp(0, 1)
 
 
 def _per_image(values: Tensor) -> Tensor:

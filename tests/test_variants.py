@@ -1,0 +1,170 @@
+"""Variants B to G: their first two steps by hand on a linear autoencoder, and what each must keep."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import LinearDAE, images, seeded, tiny_dae
+
+import apudae
+from apudae.dae import calibrate, recon_error
+from apudae.purify import PRESETS, PurifyConfig, purify, trajectory
+from apudae.transforms import affine_matrices, resampled
+
+ALPHA = 0.01
+
+
+def scene(mu=None, sigma=0.7):
+    """Four images, one of them the image's own reconstruction (error 0), a linear autoencoder, μ between the errors."""
+    x = images(4, 1, 4, 4, low=0.3, high=0.7, dtype=torch.float64)
+    dae = LinearDAE(16)
+    x[0] *= 0.45 / x[0].max()
+    errors = recon_error(dae, x).detach()
+    dae.recon_mu = errors.sort().values[:2].mean() if mu is None else torch.tensor(mu, dtype=torch.float64)
+    dae.recon_sigma = torch.tensor(sigma, dtype=torch.float64)
+    return dae, x, errors
+
+
+def by_hand(dae, x, slope, size, steps=2):
+    """Adam on L with dL/d dist = slope(dist) and α_i = size(dist); an image of slope 0 rests."""
+    first, second, counts = torch.zeros_like(x), torch.zeros_like(x), torch.zeros(len(x), 1, 1, 1, dtype=x.dtype)
+    for _ in range(steps):
+        errors = recon_error(dae, x).detach()
+        gradient = slope(errors).view(-1, 1, 1, 1) * (x.flatten(1) @ dae.curvature).view_as(x)
+        moves = slope(errors).view(-1, 1, 1, 1) != 0
+        counts = counts + moves
+        first = torch.where(moves, 0.9 * first + 0.1 * gradient, first)
+        second = torch.where(moves, 0.999 * second + 0.001 * gradient**2, second)
+        step = first / (1 - 0.9**counts) / (second / (1 - 0.999**counts)).sqrt()
+        x = torch.where(moves, x - size(errors).view(-1, 1, 1, 1) * step, x).clamp(0, 1)
+    return x
+
+
+@pytest.mark.parametrize("name", ["B", "C", "D", "E"])
+def test_two_steps_by_hand(name):
+    dae, x, _ = scene()
+    mu, sigma = dae.recon_mu, dae.recon_sigma
+    slope = {
+        "B": lambda e: torch.ones_like(e),
+        "C": lambda e: torch.ones_like(e),
+        "D": lambda e: (e - mu).sign() / sigma,
+        "E": lambda e: (e > mu).double() / sigma,
+    }[name]
+    constant = lambda e: torch.full_like(e, ALPHA)  # noqa: E731
+    size = (lambda e: ALPHA * (1 - torch.exp(-(((e - mu) / sigma) ** 2)))) if name == "C" else constant
+    torch.testing.assert_close(purify(dae, x, replace(PRESETS[name], steps=2)), by_hand(dae, x, slope, size))
+
+
+def test_e_leaves_images_at_or_under_mu_bit_identical_and_d_raises_them():
+    dae, x, errors = scene()
+    under = errors <= dae.recon_mu
+    assert 0 < under.sum() < len(x)
+    unchanged = (purify(dae, x, "E") == x).flatten(1).all(1)
+    assert torch.equal(unchanged, under)
+    one_step = replace(PRESETS["D"], steps=1)
+    assert (recon_error(dae, purify(dae, x, one_step))[under] > errors[under]).all()
+
+
+def test_e_of_the_shipped_autoencoder_leaves_clean_digits_alone(dae, digits):
+    x = digits[0][:40]
+    under = recon_error(dae, x) <= dae.recon_mu
+    assert under.any()
+    assert torch.equal((purify(dae, x, "E") == x).flatten(1).all(1), under)
+
+
+def test_f_and_g_without_noise_and_transform_are_e():
+    dae, x, _ = scene()
+    expected = purify(dae, x, "E")
+    assert torch.equal(purify(dae, x, replace(PRESETS["F"], noise_std=0.0)), expected)
+    still = replace(PRESETS["G"], resize=1.0, rotation=0.0, random_transform=False)
+    assert torch.equal(purify(dae, x, still), expected)
+
+
+@pytest.mark.parametrize("name", ["F", "G"])
+def test_random_variants_repeat_under_a_seed_whatever_the_batch(name):
+    dae, x, _ = scene()
+    whole = purify(dae, x, name, seed=5)
+    assert torch.equal(purify(dae, x, name, seed=5), whole)
+    assert not torch.equal(purify(dae, x, name, seed=6), whole)
+    going_on = seeded(5)
+    parts = [purify(dae, part, name, seed=going_on) for part in (x[:1], x[1:])]
+    torch.testing.assert_close(torch.cat(parts), whole)
+
+
+def test_adaptive_noise_spares_images_under_mu():
+    dae, x, errors = scene()
+    config = replace(PRESETS["F"], noise_rule="adaptive", noise_std=0.05, steps=1)
+    unchanged = (purify(dae, x, config) == x).flatten(1).all(1)
+    assert torch.equal(unchanged, errors <= dae.recon_mu)
+
+
+def test_a_is_adam_with_both_betas_zero():
+    dae, x, _ = scene()
+    torch.testing.assert_close(purify(dae, x, PurifyConfig(step_rule="adam", betas=(0.0, 0.0))), purify(dae, x, "A"))
+
+
+def test_l2_step_moves_alpha_a_pixel_in_the_mean_square():
+    dae, x, _ = scene()
+    moved = purify(dae, x, PurifyConfig(step_rule="l2", steps=1)) - x
+    torch.testing.assert_close(moved.square().mean((1, 2, 3)).sqrt(), torch.full((4,), ALPHA, dtype=torch.float64))
+
+
+def test_transforms():
+    x = images(3, 2, 6, 6)
+    quarter = resampled(x, affine_matrices(x, 1.0, 90.0, None))
+    torch.testing.assert_close(quarter, torch.rot90(x, 1, (2, 3)), atol=1e-5, rtol=0)
+    matrix = affine_matrices(x, 1.5, 30.0, None)
+    torch.testing.assert_close(matrix @ torch.linalg.inv(matrix), torch.eye(2).expand(3, 2, 2))
+    blob = torch.zeros(1, 1, 17, 17)
+    blob[..., 6:11, 6:11] = 1
+    assert resampled(blob, affine_matrices(blob, 1.4, 0.0, None)).sum() == pytest.approx(25 * 1.4**2, rel=0.05)
+
+
+def test_trajectory_holds_every_step():
+    dae, x, errors = scene()
+    steps = trajectory(dae, x, "B")
+    assert len(steps) == PRESETS["B"].steps + 1
+    torch.testing.assert_close(steps[0].images, x)
+    torch.testing.assert_close(steps[0].errors, errors)
+    torch.testing.assert_close(steps[-1].images, purify(dae, x, "B"))
+    assert (steps[3].step_sizes == ALPHA).all()
+    assert (steps[-1].step_sizes == 0).all()
+    resting = trajectory(dae, x, "E")[0]
+    assert torch.equal(resting.step_sizes > 0, errors > dae.recon_mu)
+
+
+@pytest.mark.parametrize("name", ["C", "D", "E", "F", "G"])
+def test_variants_that_need_mu_refuse_an_uncalibrated_autoencoder(name):
+    with pytest.raises(ValueError, match="calibrate"):
+        purify(tiny_dae(), images(2, 1, 8, 8), name)
+
+
+@pytest.mark.parametrize("name", ["B", "C", "D", "E", "F", "G"])
+def test_each_variant_keeps_the_contract(name):
+    dae, x = tiny_dae(), images(6, 1, 9, 8)
+    calibrate(dae, images(20, 1, 9, 8, seed=1))
+    purified = apudae.purify(dae, x, name)
+    assert purified.shape == x.shape
+    assert purified.dtype == x.dtype
+    assert purified.min() >= 0
+    assert purified.max() <= 1
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"direct": True, "noise_std": 0.1},
+        {"random_transform": True},
+        {"transform_back": True},
+        {"betas": (0.9, 1.0)},
+        {"steps": 1.5},
+        {"step_size": -0.1},
+        {"resize": 0.0},
+        {"loss": "recon"},
+        {"schedule": "cosine"},
+        {"noise_std": float("nan")},
+    ],
+)
+def test_contradicting_parts_are_refused(parts):
+    with pytest.raises(ValueError):  # noqa: PT011  each message is another one
+        PurifyConfig(**parts)
