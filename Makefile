@@ -19,8 +19,7 @@ lab: .venv/ready  ## JupyterLab on loopback, with a token, at the first notebook
 notebooks: .venv/ready  ## execute every notebook at its default scale, in place
 	for notebook in notebooks/*.ipynb; do \
 	  $(BIN)/apudae run $$notebook && cp data/runs/default/$${notebook#notebooks/} notebooks/ || exit 1; done
-	$(BIN)/pre-commit run --all-files nbstripout || true
-	$(BIN)/pre-commit run --all-files nbstripout
+	-$(BIN)/pre-commit run --all-files nbstripout  # fails when it changes a file, as it is meant to
 
 format: .venv/ready  ## format and lint, notebooks too
 	$(BIN)/ruff format .
@@ -32,5 +31,6 @@ clean:  ## remove the environment and what runs wrote; downloads stay
 .venv/ready: pyproject.toml constraints.txt
 	@echo "Installing the environment into .venv (2 to 5 minutes, once) …"
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,peers]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt torchattacks
 	@touch $@
