@@ -1,5 +1,6 @@
 """Measuring: accuracies with intervals, batched runs with progress, and rows in `data/results/*.csv`."""
 
+import hashlib
 import json
 import math
 import time
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from . import attacks
 from .contracts import as_generator, check_known, frozen
-from .files import locked, provenance, written_aside
+from .files import load_tensors, locked, provenance, save_tensors, written_aside
 from .purify import PurifyConfig
 
 # a new row replaces the row that agrees in all of these
@@ -75,16 +76,46 @@ def run_attack(
     *,
     seed: int | None = None,
     batch_size: int = 256,
+    keep: Path | None = None,
     **parameters: Any,
 ) -> Tensor:
-    """The attack `name` of `apudae.attacks` (or "clean") in batches that draw their noise from one generator."""
+    """The attack `name` of `apudae.attacks` (or "clean") in batches that draw their noise from one generator.
+
+    With the folder `keep`, each batch is kept there as it is done, and reused when the same model, attack, parameters
+    and images come again: a killed run loses one batch at most.
+    """
     if name == "clean":
         return x
     check_known("attack", name, attacks.NAMES)
-    if seed is not None:
-        parameters["seed"] = as_generator(seed)
-    attack = partial(getattr(attacks, name), model, **parameters)
-    return in_batches(attack, x, y, batch_size=batch_size, name=name)
+    generator = None if seed is None else as_generator(seed)
+    noise = {} if generator is None else {"seed": generator}
+    attack = partial(getattr(attacks, name), model, **noise, **parameters)
+    if keep is None:
+        return in_batches(attack, x, y, batch_size=batch_size, name=name)
+    weights = [tensor.cpu() for tensor in model.state_dict().values()]
+    fixed = _digest(weights, json.dumps([name, parameters, str(model)], sort_keys=True))
+
+    def kept_or_made(images: Tensor, labels: Tensor) -> Tensor:
+        state = torch.zeros(0, dtype=torch.uint8) if generator is None else generator.get_state()
+        path = keep / f"{name}-{_digest([images.cpu(), labels.cpu(), state], fixed)}.safetensors"
+        if path.is_file():
+            found, _ = load_tensors(path, advice="delete it, and it is made again")
+            if generator is not None:
+                generator.set_state(found["state"])
+            return found["images"].to(images)
+        made = attack(images, labels)
+        after = state if generator is None else generator.get_state()
+        save_tensors(path, {"images": made.cpu().contiguous(), "state": after}, {"attack": name, **parameters})
+        return made
+
+    return in_batches(kept_or_made, x, y, batch_size=batch_size, name=name)
+
+
+def _digest(tensors: list[Tensor], text: str) -> str:
+    digest = hashlib.sha256(text.encode())
+    for tensor in tensors:
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:20]
 
 
 def result_row(

@@ -53,16 +53,15 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], settings: dict[str, Any
         save_file(tensors, aside, metadata={"settings": json.dumps(settings)})
 
 
-def load_tensors(path: Path, made_by: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `save_tensors` wrote. ValueError, naming the notebook `made_by` to run, if it is missing or broken."""
-    advice = f"run it first: apudae run {made_by} -p run {path.parent.name}"
+def load_tensors(path: Path, advice: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `save_tensors` wrote. ValueError, ending in `advice`, if it is missing or broken."""
     if not path.is_file():
-        raise ValueError(f"{path} is missing; notebook {made_by} writes it, {advice}")
+        raise ValueError(f"{path} is missing; {advice}")
     try:
         with safe_open(path, framework="pt") as kept:
             return {name: kept.get_tensor(name) for name in kept.keys()}, json.loads(kept.metadata()["settings"])  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{path} is broken ({error}); notebook {made_by} writes it, {advice}") from error
+        raise ValueError(f"{path} is broken ({error}); {advice}") from error
 
 
 def provenance() -> dict[str, str]:

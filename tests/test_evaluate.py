@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import images, linear_classifier
 
-from apudae import PRESETS
+from apudae import PRESETS, attacks
 from apudae.evaluate import IDENTITY, Accuracy, accuracy, in_batches, predict, record, result_row, run_attack
 
 
@@ -177,3 +177,19 @@ def test_two_writers_lose_nothing(tmp_path):
     assert [writer.wait(120) for writer in writers] == [0, 0]
     table = pd.read_csv(path)
     assert sorted(zip(table.dataset, table.seed, strict=True)) == [(d, i) for d in ("one", "two") for i in range(20)]
+
+
+def test_kept_attack_is_reused_batch_by_batch_and_equals_an_undisturbed_run(tmp_path, classifier, digits, monkeypatch):
+    x, y = (tensor[:30] for tensor in digits)
+    parameters = {"epsilon": 0.1, "seed": 3, "batch_size": 10}
+    expected = run_attack("pgd", classifier, x, y, **parameters)
+    assert torch.equal(run_attack("pgd", classifier, x, y, keep=tmp_path, **parameters), expected)
+    files = sorted(tmp_path.glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
+    assert len(files) == 3
+    files[-1].unlink()  # as a kill in the last batch leaves it
+    calls, attack = [], attacks.pgd
+    monkeypatch.setattr(attacks, "pgd", lambda *a, **k: calls.append(1) or attack(*a, **k))
+    assert torch.equal(run_attack("pgd", classifier, x, y, keep=tmp_path, **parameters), expected)
+    assert len(calls) == 1
+    run_attack("pgd", classifier, x, y, keep=tmp_path, **parameters | {"epsilon": 0.05})
+    assert len(calls) == 4
