@@ -67,6 +67,8 @@ class LinearDAE(nn.Module):
         super().__init__()
         noise = torch.randn(pixels, pixels, generator=seeded(3), dtype=dtype)
         self.matrix = nn.Parameter(0.5 * torch.eye(pixels, dtype=dtype) + noise / (4 * pixels))
+        self.register_buffer("recon_mu", torch.zeros((), dtype=dtype))
+        self.register_buffer("recon_sigma", torch.ones((), dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         return (x.flatten(1) @ self.matrix).view_as(x)

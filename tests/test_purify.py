@@ -4,18 +4,27 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import LinearDAE, images, linear_classifier, set_gradients, snapshot, tiny_dae
+from conftest import LinearDAE, images, linear_classifier, seeded, set_gradients, snapshot, tiny_dae
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from apudae import PRESETS, Purifier, PurifyConfig, attacks, purify, recon_error
+from apudae.dae import calibrate
 from apudae.evaluate import accuracy
 
 GRADIENT = PurifyConfig(steps=3, step_size=0.02, step_rule="gradient")
 SIGN = PurifyConfig(steps=3, step_size=0.01)
 every_preset = pytest.mark.parametrize("config", PRESETS)
 every_backward = pytest.mark.parametrize("backward", ["none", "identity", "dae", "exact"])
+
+
+def calibrated_dae(**options):
+    """A tiny autoencoder with μ and σ in the middle of what these tests purify."""
+    dae = tiny_dae(**options)
+    dtype = next(dae.parameters()).dtype
+    calibrate(dae, images(20, dae.channels, 8, 8, dtype=dtype, seed=9))
+    return dae
 
 
 def doubles(*shape, low=0.3, high=0.7, seed=0):
@@ -39,12 +48,12 @@ def test_presets():
 @every_backward
 def test_no_steps_change_no_bit(backward):
     x = images(3, 1, 7, 8)
-    assert torch.equal(purify(tiny_dae(), x, PurifyConfig(steps=0)), x)
-    assert torch.equal(Purifier(tiny_dae(), PurifyConfig(steps=0), backward)(x), x)
+    assert torch.equal(purify(calibrated_dae(), x, PurifyConfig(steps=0)), x)
+    assert torch.equal(Purifier(calibrated_dae(), PurifyConfig(steps=0), backward)(x), x)
 
 
 def test_direct_is_the_autoencoders_output_in_range():
-    dae, x = tiny_dae(), images(3, 1, 7, 8)
+    dae, x = calibrated_dae(), images(3, 1, 7, 8)
     with torch.no_grad():
         assert dae(x).max() > 1  # else clipping would not show
         assert torch.equal(purify(dae, x, "direct"), dae(x).clamp(0, 1))
@@ -74,7 +83,7 @@ def test_first_steps_of_a_by_hand():
 @settings(max_examples=25, deadline=None)
 @given(st.tuples(st.integers(1, 3), st.just(2), st.integers(1, 8), st.integers(1, 8)), st.booleans())
 def test_contract(config, shape, training):
-    dae, x = tiny_dae(channels=2, depth=3).train(training), images(*shape)
+    dae, x = calibrated_dae(channels=2, depth=3).train(training), images(*shape)
     before, given_x = set_gradients(dae), x.clone()
     purified = purify(dae, x, config)
     assert purified.min() >= 0
@@ -87,12 +96,13 @@ def test_contract(config, shape, training):
 
 @pytest.mark.parametrize("config", [*PRESETS, GRADIENT])
 def test_an_image_alone_fares_as_in_its_batch(config):
-    dae, x = tiny_dae(dtype=torch.float64).train(), doubles(6, 1, 9, 9, low=0, high=1)
-    alone = torch.cat([purify(dae, image[None], config) for image in x])
+    dae, x = calibrated_dae(dtype=torch.float64).train(), doubles(6, 1, 9, 9, low=0, high=1)
+    going_on = seeded()  # random variants draw for one image after the other, in whatever batches
+    alone = torch.cat([purify(dae, image[None], config, seed=going_on) for image in x])
     torch.testing.assert_close(purify(dae, x, config), alone, rtol=0, atol=1e-12)
 
 
-@every_preset
+@pytest.mark.parametrize("config", ["direct", "A"])
 def test_shipped_autoencoder_treats_each_image_alone(config, dae, digits):
     dae, x = copy.deepcopy(dae).double(), digits[0][::70].double()
     alone = torch.cat([purify(dae, image[None], config) for image in x])
@@ -102,7 +112,7 @@ def test_shipped_autoencoder_treats_each_image_alone(config, dae, digits):
 @every_preset
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_works_where_gradients_are_off(config, mode):
-    dae, x = tiny_dae(), images(3, 1, 7, 8)
+    dae, x = calibrated_dae(), images(3, 1, 7, 8)
     expected = purify(dae, x, config)
     with mode():
         assert torch.equal(purify(dae, x, config), expected)
@@ -111,7 +121,7 @@ def test_works_where_gradients_are_off(config, mode):
 
 @every_preset
 def test_works_on_images_that_track_gradients(config):
-    dae, x = tiny_dae(), images(3, 1, 7, 8)
+    dae, x = calibrated_dae(), images(3, 1, 7, 8)
     assert torch.equal(purify(dae, x.clone().requires_grad_(), config), purify(dae, x, config))
 
 
@@ -126,12 +136,12 @@ def test_purifying_lowers_the_error_of_noisy_digits(dae, digits):
 
 def test_purifying_restores_attacked_digits(classifier, dae, digits):
     """After FGSM both ways of purifying win back most digits, and they harm few clean ones."""
-    x, y = digits[0][::8], digits[1][::8]
+    x, y = digits[0][::10], digits[1][::10]
     attacked = attacks.fgsm(classifier, x, y, epsilon=0.1)
-    for config in PRESETS:
+    for config in ("direct", "A"):
         defended = nn.Sequential(Purifier(dae, config), classifier)
-        assert accuracy(defended, attacked, y).value > accuracy(classifier, attacked, y).value + 0.4
-        assert accuracy(defended, x, y).value > 0.9
+        assert accuracy(defended, attacked, y).correct >= accuracy(classifier, attacked, y).correct + 8
+        assert accuracy(defended, x, y).correct >= 18
 
 
 # --- what an attacker's gradient sees ---------------------------------------------------------------------------------
@@ -140,14 +150,14 @@ def test_purifying_restores_attacked_digits(classifier, dae, digits):
 @every_backward
 @pytest.mark.parametrize("config", [*PRESETS, SIGN, GRADIENT])
 def test_backward_changes_no_value(config, backward):
-    dae, x = tiny_dae(), images(3, 1, 7, 8)
+    dae, x = calibrated_dae(), images(3, 1, 7, 8)
     for images_ in (x, x.clone().requires_grad_()):
         torch.testing.assert_close(Purifier(dae, config, backward)(images_), purify(dae, x, config), rtol=0, atol=1e-6)
 
 
 @every_preset
 def test_none_gives_no_gradient(config):
-    output = Purifier(tiny_dae(), config, "none")(images(2, 1, 8, 8).requires_grad_())
+    output = Purifier(calibrated_dae(), config, "none")(images(2, 1, 8, 8).requires_grad_())
     assert not output.requires_grad
     assert output.grad_fn is None
 
@@ -214,7 +224,7 @@ def test_exact_stands_in_a_tanh_for_the_sign():
 
 @every_backward
 def test_backward_pass_leaves_the_autoencoder_alone(backward):
-    dae, classifier = tiny_dae().train(), linear_classifier(56)
+    dae, classifier = calibrated_dae().train(), linear_classifier(56)
     before = set_gradients(dae)
     x = images(2, 1, 7, 8).requires_grad_()
     nn.Sequential(Purifier(dae, SIGN, backward), classifier)(x).sum().backward()
@@ -232,7 +242,7 @@ class Held:
 
 def held_at_each_pass(backward, steps):
     """How many tensors the graph holds whenever the autoencoder is called."""
-    alive, counts, dae = weakref.WeakSet(), [], tiny_dae()
+    alive, counts, dae = weakref.WeakSet(), [], calibrated_dae()
     dae.register_forward_pre_hook(lambda *_: counts.append(len(alive)))
 
     def pack(tensor):
@@ -259,13 +269,15 @@ def test_exact_keeps_the_graph_it_needs():
 
 
 def test_exact_keeps_no_graph_where_nobody_asks():
-    output = Purifier(tiny_dae(), SIGN, "exact")(images(2, 1, 8, 8))
+    output = Purifier(calibrated_dae(), SIGN, "exact")(images(2, 1, 8, 8))
     assert not output.requires_grad
 
 
 def test_purifier_is_a_module_of_its_autoencoder():
-    defended = nn.Sequential(Purifier(tiny_dae(), "A"), linear_classifier(64))
-    assert len([name for name in defended.state_dict() if name.startswith("0.dae.")]) == len(tiny_dae().state_dict())
+    defended = nn.Sequential(Purifier(calibrated_dae(), "A"), linear_classifier(64))
+    assert len([name for name in defended.state_dict() if name.startswith("0.dae.")]) == len(
+        calibrated_dae().state_dict()
+    )
     assert defended(images(3, 1, 8, 8)).shape == (3, 2)
 
 
@@ -292,18 +304,18 @@ GOOD = images(2, 1, 8, 8)
 @every_preset
 def test_bad_images_are_named(config, x, message):
     with pytest.raises(ValueError, match=message):
-        purify(tiny_dae(), x, config)
+        purify(calibrated_dae(), x, config)
 
 
 def test_no_steps_still_refuse_bad_images():
     with pytest.raises(ValueError, match="NaN"):
-        purify(tiny_dae(), GOOD * torch.nan, PurifyConfig(steps=0))
+        purify(calibrated_dae(), GOOD * torch.nan, PurifyConfig(steps=0))
 
 
 @pytest.mark.parametrize("name", ["Z", "", "a"])
 def test_unknown_preset_lists_what_there_is(name):
     with pytest.raises(ValueError, match=f"{name!r} is unknown; there is: {', '.join(PRESETS)}"):
-        purify(tiny_dae(), GOOD, name)
+        purify(calibrated_dae(), GOOD, name)
 
 
 @pytest.mark.parametrize(
@@ -319,11 +331,11 @@ def test_unknown_step_rule_and_backward_list_what_there_is():
     with pytest.raises(ValueError, match=r"'adamw' is unknown; there is: sign"):
         PurifyConfig(step_rule="adamw")
     with pytest.raises(ValueError, match="'full' is unknown; there is: none, identity, dae, exact"):
-        Purifier(tiny_dae(), "A", backward="full")
+        Purifier(calibrated_dae(), "A", backward="full")
 
 
 def test_autoencoder_is_restored_after_an_error():
-    dae = tiny_dae().train()
+    dae = calibrated_dae().train()
     before = set_gradients(dae)
     with pytest.raises(ValueError, match="autoencoder needs"):
         purify(dae, images(2, 3, 8, 8), "A")
