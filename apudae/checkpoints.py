@@ -22,7 +22,7 @@ def save_model(path: str | Path, model: nn.Module, **facts: Any) -> None:
     """Write `path`.safetensors and `path`.json: architecture, `facts` (data, recipe, metrics …), commit, SHA-256."""
     path = Path(path)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    with written_aside(path.with_suffix(".safetensors")) as aside, written_aside(path.with_suffix(".json")) as sidecar:
+    with written_aside(_file(path, "safetensors")) as aside, written_aside(_file(path, "json")) as sidecar:
         save_file(weights, aside)
         described = {"architecture": model.architecture, "sha256": _sha256(aside), **facts, **provenance()}
         sidecar.write_text(json.dumps(described, indent=2) + "\n")
@@ -34,12 +34,11 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> nn.Modul
     Raises ValueError for an unknown name, and for weights that are truncated or differ from what their JSON file says.
     """
     path = CHECKPOINTS / name
-    if not path.with_suffix(".json").is_file():
+    if not _file(path, "json").is_file():
         path = Path(name)
-    if not path.with_suffix(".json").is_file():
+    if not _file(path, "json").is_file():
         check_known("checkpoint", str(name), checkpoint_names())
-    described = json.loads(path.with_suffix(".json").read_text())
-    weights = path.with_suffix(".safetensors")
+    described, weights = _read_sidecar(_file(path, "json")), _file(path, "safetensors")
     if not weights.is_file():
         raise ValueError(f"{weights} is missing beside its JSON file; restore it (git checkout) or train it again")
     if _sha256(weights) != described["sha256"]:
@@ -49,23 +48,39 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> nn.Modul
         )
     architecture = dict(described["architecture"])
     check_known("architecture", architecture["name"], ARCHITECTURES)
-    model = ARCHITECTURES[architecture.pop("name")](**architecture)
     try:
+        model = ARCHITECTURES[architecture.pop("name")](**architecture)
         model.load_state_dict(load_file(weights))
-    except (SafetensorError, RuntimeError) as error:
+    except (SafetensorError, RuntimeError, TypeError) as error:
         raise ValueError(f"{weights} does not hold the weights of {described['architecture']}: {error}") from error
     return model.to(device).eval()
 
 
+def _file(path: Path, ending: str) -> Path:
+    return path.with_name(f"{path.name}.{ending}")  # a name may hold dots
+
+
+def _read_sidecar(file: Path) -> dict[str, Any]:
+    try:
+        described = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON file ({error}); restore it (git checkout)") from error
+    described = described if isinstance(described, dict) else {}
+    architecture = described.get("architecture")
+    if "sha256" not in described or not isinstance(architecture, dict) or "name" not in architecture:
+        raise ValueError(f"{file} does not say architecture and sha256; restore it (git checkout)")
+    return described
+
+
 def checkpoint_names() -> list[str]:
     """The names that `load_model` knows."""
-    return sorted(str(found.relative_to(CHECKPOINTS).with_suffix("")) for found in CHECKPOINTS.rglob("*.json"))
+    return sorted(str(found.relative_to(CHECKPOINTS)).removesuffix(".json") for found in CHECKPOINTS.rglob("*.json"))
 
 
 def describe_checkpoint(name: str) -> dict[str, Any]:
     """The JSON file of checkpoint `name`: architecture, data, recipe, metrics, training curve, commit."""
     check_known("checkpoint", name, checkpoint_names())
-    return json.loads((CHECKPOINTS / name).with_suffix(".json").read_text())
+    return _read_sidecar(_file(CHECKPOINTS / name, "json"))
 
 
 def _sha256(path: Path) -> str:

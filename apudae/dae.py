@@ -37,6 +37,8 @@ class DAE(nn.Module):
             raise ValueError(
                 f"images have shape {tuple(x.shape)}; this autoencoder needs (n, {self.channels}, height, width)"
             )
+        if x.dtype != self.output.weight.dtype:
+            raise ValueError(f"images are {x.dtype}, this autoencoder is {self.output.weight.dtype}; needed: the same")
         height, width = x.shape[2:]
         padded = F.pad(x, (0, width % 2, 0, height % 2), mode="replicate")  # stride 2 needs even sides
         h, skips = padded, []

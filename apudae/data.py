@@ -115,10 +115,10 @@ class FolderImages(Dataset):
             folder = ImageFolder(root)
         except FileNotFoundError as error:
             raise ValueError(f"{root} is no folder of images, one folder a class: {error}") from error
-        if ready and (classes := sorted(f.name for f in (path / "train").iterdir() if f.is_dir())) != folder.classes:
-            raise ValueError(
-                f"{path} has the classes {classes} in train/ and {folder.classes} in {split}/; needed: the same"
-            )
+        if ready:
+            found = [sorted(f.name for f in (path / part).iterdir() if f.is_dir()) for part in SPLITS]
+            if found[0] != found[1]:
+                raise ValueError(f"{path} has the classes {found[0]} in train/, {found[1]} in test/; needed: the same")
         self.classes, self.files = folder.classes, folder.samples
         self._examine(root, image_size)
         if not ready:
@@ -140,7 +140,7 @@ class FolderImages(Dataset):
                 f"{root} has images of {len(sizes)} sizes ({min(sizes)} to {max(sizes)}); give image_size=…"
             )
         resize = [v2.Resize(image_size, antialias=True), v2.CenterCrop(image_size)] if image_size else []
-        self.mode = "L" if modes <= {"L", "1"} else "RGB"
+        self.mode = "L" if all(mode in ("1", "L") or mode.startswith("I;16") for mode in modes) else "RGB"
         self.transform = v2.Compose([*resize, v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
 
     def __len__(self) -> int:
@@ -150,15 +150,20 @@ class FolderImages(Dataset):
         file, label = self.files[index]
         with _opened(file) as image:
             try:
-                return self.transform(image.convert(self.mode)).as_subclass(Tensor).clamp(0, 1), label
+                return self.transform(_eight_bits(image).convert(self.mode)).as_subclass(Tensor).clamp(0, 1), label
             except OSError as error:
                 raise ValueError(f"{file} is a broken image ({error}); replace or remove it") from error
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey as 8-bit grey of the same brightness (Pillow's own conversion clips it)."""
+    return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)) if image.mode.startswith("I;16") else image
 
 
 def _opened(file: str) -> Image.Image:
     try:
         return Image.open(file)
-    except (UnidentifiedImageError, OSError) as error:
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
         raise ValueError(f"{file} is no image that can be read ({error}); replace or remove it") from error
 
 
@@ -188,6 +193,6 @@ def hold_out(dataset: Dataset, n: int = 2000) -> tuple[Tensor, Tensor]:
     check_at_least(1, n=n)
     if n >= len(dataset):
         raise ValueError(f"{n} images are to be held out of {len(dataset)}; needed: fewer")
-    held_out = torch.linspace(0, len(dataset) - 1, n).long()
+    held_out = torch.linspace(0, len(dataset) - 1, n, dtype=torch.float64).long()
     fit = torch.ones(len(dataset), dtype=torch.bool).index_fill(0, held_out, False)
     return fit.nonzero().flatten(), held_out

@@ -164,12 +164,20 @@ def device_name(device: str | torch.device) -> str:
 
 def record(path: Path, rows: Iterable[dict]) -> pd.DataFrame:
     """Add `rows` to the CSV file `path`; a row replaces one of the same identity. Safe beside other writers."""
-    new = pd.DataFrame(list(rows))
+    new = pd.DataFrame(list(rows)).astype(str)
     with locked(path), written_aside(path) as aside:
-        kept = [pd.read_csv(path, keep_default_na=False, float_precision="round_trip")] if path.is_file() else []
+        kept = [pd.read_csv(path, keep_default_na=False, dtype=str)] if path.is_file() else []
         table = pd.concat([*kept, new], ignore_index=True).drop_duplicates(IDENTITY, keep="last")
         table.to_csv(aside, index=False)
-    return table
+    return read_results(path)
+
+
+def read_results(path: Path) -> pd.DataFrame:
+    """The rows of a results file; only its figures are numbers (a commit such as 12345678e9 stays text)."""
+    whole, real = ["n", "seed", "correct"], ["accuracy", "ci_low", "ci_high", "seconds"]
+    numbers = dict.fromkeys(whole, int) | dict.fromkeys(real, float)
+    table = pd.read_csv(path, keep_default_na=False, dtype=str)
+    return table.astype({name: kind for name, kind in numbers.items() if name in table})
 
 
 class Stopwatch:

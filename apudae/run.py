@@ -1,6 +1,7 @@
 """The command line `apudae`: notebooks through papermill, with parameters that are checked before anything starts."""
 
 import ast
+import contextlib
 import json
 import os
 import sys
@@ -46,11 +47,9 @@ def check_parameters(name: str, given: dict[str, Any]) -> dict[str, Any]:
     for key, value in given.items():
         check_known(f"parameter of {name}", key, declared)
         default = declared[key][0]
-        value = yaml.safe_load(value) if isinstance(value, str) and not isinstance(default, str) else value
+        value = _literal(value) if isinstance(value, str) and not isinstance(default, str) else value
         if isinstance(default, float) and type(value) is int:
             value = float(value)
-        if isinstance(default, float) and isinstance(value, str):
-            value = _float_or_text(value)  # YAML reads 1e-3 as text
         if type(value) is not type(default):
             needed = f"{type(default).__name__}, as its default {default!r}"
             raise ValueError(f"parameter {key} of {name} is {value!r} ({type(value).__name__}); needed: {needed}")
@@ -58,11 +57,16 @@ def check_parameters(name: str, given: dict[str, Any]) -> dict[str, Any]:
     return checked
 
 
-def _float_or_text(text: str) -> float | str:
+def _literal(text: str) -> Any:
+    """The number or switch that `text` writes, or the text itself."""
     try:
-        return float(text)
-    except ValueError:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
         return text
+    if isinstance(value, str):  # YAML reads 1e-3 as text
+        with contextlib.suppress(ValueError):
+            return float(value)
+    return value
 
 
 def run_notebook(name: str, given: dict[str, Any]) -> Path:
@@ -154,7 +158,7 @@ def _read_parameters(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is no file; needed: a YAML file of parameters, one `name: value` a line")
     try:
         read = yaml.safe_load(file.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is no YAML file: {' '.join(str(error).split())}") from error
     if not isinstance(read, dict):
         raise ValueError(f"{file} holds {type(read).__name__}; needed: parameters, one `name: value` a line")
