@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .contracts import as_generator, check_at_least, check_batch, frozen
+from .contracts import as_generator, check_at_least, check_batch, check_whole, frozen
 
 NAMES = ("random", "fgsm", "r_fgsm", "bim", "pgd", "cw", "deepfool")
 
@@ -71,7 +71,7 @@ def pgd(
 ) -> Tensor:
     """BIM from a uniform random start (Madry et al. 2018); of `restarts` runs, each image keeps its highest loss."""
     x = check_attack(model, x, y, epsilon=epsilon, step_size=step_size, steps=steps)
-    check_at_least(1, restarts=restarts)
+    check_whole(1, restarts=restarts)
     generator = as_generator(seed)
     steps = _default_steps(epsilon, step_size, steps)
     best, highest = x, torch.full_like(y, -torch.inf, dtype=x.dtype)
@@ -108,7 +108,7 @@ def cw(
     # paper: DeepRobust's parameters; here: its MNIST learning rate 5e-3, because its general 1e-5 does not move
     sizes = {"learning_rate": learning_rate, "initial_c": initial_c}
     x = check_attack(model, x, y, epsilon=epsilon, steps=steps, unclipped=True, **sizes)
-    check_at_least(1, search_steps=search_steps)
+    check_whole(1, search_steps=search_steps)
     check_at_least(0, confidence=confidence)
     low, high = torch.zeros_like(x[:, 0, 0, 0]), torch.full_like(x[:, 0, 0, 0], torch.inf)
     c, best, shortest = torch.full_like(low, initial_c), x.clone(), torch.full_like(low, torch.inf)
@@ -143,7 +143,7 @@ def deepfool(
     """
     x = check_attack(model, x, y, epsilon=epsilon, steps=steps, unclipped=True)
     check_at_least(0, overshoot=overshoot)
-    check_at_least(2, classes=classes)
+    check_whole(2, classes=classes)
     reached, total = x.clone(), torch.zeros_like(x)
     with frozen(model):
         logits = model(x)
@@ -173,7 +173,7 @@ def check_attack(
         check_at_least(0, epsilon=epsilon)
     check_batch(model, x, y)
     if steps is not None:
-        check_at_least(1, steps=steps)
+        check_whole(1, steps=steps)
     for name, value in positive.items():
         check_at_least(0, **{name: value})
         if value == 0:
@@ -206,8 +206,21 @@ def _ascend(model: nn.Module, x: Tensor, y: Tensor, at: Tensor, step_size: float
     at = at.detach().requires_grad_()
     with torch.enable_grad():
         loss = F.cross_entropy(model(at), y, reduction="sum")
-    (gradient,) = torch.autograd.grad(loss, at)
+    gradient = _gradient(loss, at)
     return _project(at.detach() + step_size * gradient.sign(), x, epsilon)
+
+
+def _gradient(loss: Tensor, of: Tensor, *, retain_graph: bool = False) -> Tensor:
+    _require_gradient(loss)
+    return torch.autograd.grad(loss, of, retain_graph=retain_graph)[0]
+
+
+def _require_gradient(output: Tensor) -> None:
+    if not output.requires_grad:
+        raise ValueError(
+            "the model gives no gradient with respect to its input; needed for this attack: a differentiable model "
+            '(a Purifier hides its gradient unless backward is "identity", "dae" or "exact")'
+        )
 
 
 def _project(moved: Tensor, x: Tensor, epsilon: float) -> Tensor:
@@ -230,7 +243,9 @@ def _cw_descend(
             length = (image - x[active]).square().flatten(1).sum(1)
             margin = _margin(model(image), y[active])
             loss = length + c[active] * (margin + confidence).clamp_min(0)
-        (gradient,) = torch.autograd.grad(loss.sum(), w)
+            total = loss.sum()
+        _require_gradient(margin)
+        (gradient,) = torch.autograd.grad(total, w)
         with torch.no_grad():
             better = (margin < 0) & (length < shortest[active])
             best[active[better]], shortest[active[better]] = image[better], length[better]
@@ -259,7 +274,7 @@ def _to_nearest_border(model: nn.Module, x: Tensor, y: Tensor, rivals: Tensor) -
         x = x.detach().requires_grad_()
         logits = model(x)
         above = logits.gather(1, rivals) - logits.gather(1, y[:, None])
-        gradients = [torch.autograd.grad(above[:, k].sum(), x, retain_graph=True)[0] for k in range(rivals.shape[1])]
+        gradients = [_gradient(above[:, k].sum(), x, retain_graph=True) for k in range(rivals.shape[1])]
     slopes = torch.stack(gradients, 1).flatten(2)
     distances = above.detach().abs() / slopes.norm(dim=2).clamp_min(1e-12)
     nearest = distances.argmin(1)

@@ -53,6 +53,13 @@ def check_at_least(minimum: float, **values: float) -> None:
             raise ValueError(f"{name} is {value!r}; needed: a finite number of at least {minimum}")
 
 
+def check_whole(minimum: int, **values: int) -> None:
+    """Raise ValueError for the first named value that is no whole number or is below `minimum`."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise ValueError(f"{name} is {value!r}; needed: a whole number of at least {minimum}")
+
+
 def check_known(kind: str, name: str, known: object) -> None:
     """Raise ValueError, listing what there is, unless `name` is among `known`."""
     if name not in known:

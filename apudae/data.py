@@ -168,7 +168,7 @@ def _opened(file: str) -> Image.Image:
 
 
 def take(dataset: Dataset, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """`n` images and labels as tensors, a fixed stratified choice: class counts differ by at most one if they can."""
+    """`n` images and labels as tensors, a fixed stratified choice: class by class in turn, so any first part is too."""
     check_at_least(1, n=n)
     if n > len(dataset):
         raise ValueError(f"{n} images asked for; the data set has {len(dataset)}")
@@ -177,7 +177,7 @@ def take(dataset: Dataset, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     rank = torch.zeros(len(dataset), dtype=torch.long)  # an image's place among its class, in the shuffled order
     for label in labels.unique():
         rank[labels == label] = torch.arange(int((labels == label).sum()))
-    return stack(dataset, order[rank.argsort(stable=True)[:n]].sort().values)
+    return stack(dataset, order[rank.argsort(stable=True)[:n]])
 
 
 def stack(dataset: Dataset, indices: Tensor | range | None = None) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from .contracts import as_generator, check_at_least, check_images, check_known, frozen
+from .contracts import as_generator, check_at_least, check_images, check_known, check_whole, frozen
 from .dae import squared_distance
 from .transforms import Draws, affine_matrices, resampled
 
@@ -48,11 +48,10 @@ class PurifyConfig:
     direct: bool = False
 
     def __post_init__(self) -> None:
-        check_at_least(0, steps=self.steps, step_size=self.step_size, noise_std=self.noise_std)
+        check_whole(0, steps=self.steps)
+        check_at_least(0, step_size=self.step_size, noise_std=self.noise_std)
         check_at_least(0.01, resize=self.resize)
         check_at_least(-360, rotation=self.rotation)
-        if not isinstance(self.steps, int):
-            raise ValueError(f"steps is {self.steps!r}; needed: a whole number")
         for name, choices in CHOICES.items():
             check_known(name, getattr(self, name), get_args(choices))
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
