@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def run_notebook(name: str, given: dict[str, Any]) -> Path:
     os.environ["APUDAE_COMMAND"] = " ".join(["apudae run", name, *words])
     os.environ["APUDAE_DATA"] = str(data_root())
     failed = target.with_suffix(".failed.ipynb")
-    with written_aside(target) as aside:
+    with written_aside(target) as aside, tempfile.TemporaryDirectory() as sockets:
         try:
             papermill.execute_notebook(
                 str(NOTEBOOKS / f"{name}.ipynb"),
@@ -92,7 +93,7 @@ def run_notebook(name: str, given: dict[str, Any]) -> Path:
                 cwd=str(NOTEBOOKS),
                 kernel_name="python3",
                 stderr_file=sys.stderr,
-                config=Config(KernelManager={"transport": "ipc"}),  # no open port for the kernel
+                config=Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"}),  # no open port
             )
         except papermill.PapermillExecutionError as error:
             os.replace(aside, failed)

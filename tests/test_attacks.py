@@ -15,7 +15,7 @@ from apudae.evaluate import accuracy
 SIGN_ATTACKS = ["random", "fgsm", "r_fgsm", "bim", "pgd"]
 RANDOM = ["random", "r_fgsm", "pgd"]
 SHORT = {
-    "cw": {"steps": 30, "search_steps": 2, "learning_rate": 0.05}
+    "cw": {"steps": 30, "search_steps": 2, "learning_rate": 0.2, "initial_c": 10.0}
 }  # 1,000 steps are for the strength, not the contract
 
 
