@@ -238,7 +238,12 @@ def test_take_evens_out_what_it_can():
     labels = np.array([0] + [1] * 9)
     dataset = data.TensorImages(np.arange(10, dtype=np.uint8).reshape(10, 1, 1, 1), labels, ["a", "b"])
     assert data.take(dataset, 4)[1].bincount().tolist() == [1, 3]
-    assert torch.equal(data.take(dataset, 10)[0], data.stack(dataset)[0])
+    assert torch.equal(data.take(dataset, 10)[0].sort(0).values, data.stack(dataset)[0])
+
+
+def test_any_first_part_of_take_is_stratified_too():
+    _, y = data.take(load_dataset("mnist5k", "test"), 200)
+    assert y[:100].bincount().tolist() == [10] * 10
 
 
 def test_take_from_a_folder(tmp_path):
