@@ -168,10 +168,10 @@ class Purifier(nn.Module):
         check_images(x)
         with frozen(self.dae), torch.inference_mode(False):  # gradients of the image are needed in any case
             x = x.clone() if x.is_inference() else x
-            if self.backward == "exact":
+            if self.backward == "exact" and x.requires_grad and torch.is_grad_enabled():
                 return self._purified(x, exact=True)
             purified = self._purified(x.detach(), exact=False).detach()
-            if self.backward == "none":
+            if self.backward in ("none", "exact"):
                 return purified
             return _StraightThrough.apply(x if self.backward == "identity" else self.dae(x), purified)
 

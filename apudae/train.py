@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
-from .contracts import check_at_least
+from .contracts import check_at_least, check_whole
 from .files import written_aside
 
 Loss = Callable[[nn.Module, Tensor, Tensor, torch.Generator], Tensor]
@@ -30,8 +30,9 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_at_least(1, steps=self.steps, batch_size=self.batch_size)
-        check_at_least(0, learning_rate=self.learning_rate, seed=self.seed)
+        check_whole(1, steps=self.steps, batch_size=self.batch_size)
+        check_whole(0, seed=self.seed)
+        check_at_least(0, learning_rate=self.learning_rate)
 
 
 def train_dae(
@@ -67,7 +68,7 @@ def train_classifier(
     device: str | torch.device = "cpu",
 ) -> list[dict[str, float]]:
     """Train on cross-entropy of images moved by up to `shift` pixels each way (zeros move in). Returns the curve."""
-    check_at_least(0, shift=shift)
+    check_whole(0, shift=shift)
 
     def loss(model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
         return F.cross_entropy(model(_shifted(x, shift, generator)), y)
