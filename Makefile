@@ -14,7 +14,8 @@ test: .venv/ready  ## lint, all tests, all notebooks replayed
 	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=600 --durations=8 tests notebooks
 
 lab: .venv/ready  ## JupyterLab on loopback, with a token, at the first notebook
-	$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 $(if $(filter 0,$(shell id -u)),--allow-root) notebooks/00_quickstart.ipynb
+	$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 $(if $(filter 0,$(shell id -u)),--allow-root) \
+	  --LabApp.default_url=/lab/tree/notebooks/00_quickstart.ipynb
 
 notebooks: .venv/ready  ## execute every notebook at its default scale, in place
 	for notebook in notebooks/*.ipynb; do \

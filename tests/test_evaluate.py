@@ -174,7 +174,7 @@ for i in range(20):
 def test_two_writers_lose_nothing(tmp_path):
     path = tmp_path / "it.csv"
     writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(path), name]) for name in ("one", "two")]
-    assert [writer.wait(120) for writer in writers] == [0, 0]
+    assert [writer.wait(600) for writer in writers] == [0, 0]
     table = pd.read_csv(path)
     assert sorted(zip(table.dataset, table.seed, strict=True)) == [(d, i) for d in ("one", "two") for i in range(20)]
 

@@ -206,7 +206,7 @@ def folder(tmp_path_factory):
 
 
 def command(folder, *words):
-    return subprocess.run([APUDAE, *words], cwd=folder, capture_output=True, text=True, timeout=120)
+    return subprocess.run([APUDAE, *words], cwd=folder, capture_output=True, text=True, timeout=600)
 
 
 def check_refused(returned, status, errors, named):

@@ -188,7 +188,7 @@ def kill_once_kept(run_dir, after):
     while process.poll() is None and not (state.is_file() and state.stat().st_mtime_ns > after):
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
-    assert process.wait(60) == -signal.SIGKILL, "it ended before it could be killed"
+    assert process.wait(600) == -signal.SIGKILL, "it ended before it could be killed"
     with safe_open(state, framework="pt") as kept:
         return state.stat().st_mtime_ns, kept.metadata()["curve"].count("step")
 
