@@ -101,5 +101,7 @@ def training_curve(
     """Mean loss against step, on a logarithmic scale; `reference` is drawn as the loss of doing nothing."""
     figure = px.line(pd.DataFrame(curve), x="step", y="loss", log_y=True)
     if reference is not None:
-        figure.add_hline(y=reference, line_dash="dot", annotation_text=f"the identity: {reference:.4f}")
+        figure.add_hline(y=reference, line_dash="dot")
+        label = {"text": f"the identity: {reference:.4f}", "showarrow": False, "yshift": 10}
+        figure.add_annotation(x=1, xref="paper", xanchor="right", y=float(np.log10(reference)), **label)
     return figure.update_yaxes(title=y_title).update_xaxes(title="step (batches)").update_layout(title=title)
