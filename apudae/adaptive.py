@@ -1,14 +1,16 @@
 """Stronger attackers through a library: AutoAttack and Square (Croce and Hein 2020; Andriushchenko et al. 2020)."""
 
+import logging
 from typing import Any, Literal
 
 import torch
 from pyautoattack import AutoAttack
 from torch import Tensor, nn
 
-from .attacks import check_attack
-from .contracts import check_at_least, check_known, frozen
+from .attacks import check_attack, project
+from .contracts import as_generator, check_known, check_whole, frozen
 
+NAMES = ("autoattack", "square")
 VERSIONS = ("standard", "rand")
 
 
@@ -19,31 +21,53 @@ def autoattack(
     *,
     epsilon: float,
     version: Literal["standard", "rand"] = "standard",
-    seed: int = 0,
+    seed: int | torch.Generator = 0,
 ) -> Tensor:
     """AutoAttack: "standard" runs APGD-CE, APGD-T, FAB-T and Square; "rand", for random defenses, APGD with EOT.
 
     Images that no attack fools come back unchanged. The global random state of torch is as before.
     """
     check_known("version", version, VERSIONS)
-    return _run(model, x, y, epsilon, seed, version=version)
+    x = check_attack(model, x, y, epsilon=epsilon)
+    with torch.no_grad(), frozen(model):
+        classes = model(x[:1]).shape[1]
+    if classes < 4:
+        raise ValueError(f"the model has {classes} classes; AutoAttack's difference-of-logits ratio needs at least 4")
+    return _run(model, x, y, epsilon, seed, targets=min(9, classes - 1), version=version)
 
 
-def square(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float, queries: int = 5000, seed: int = 0) -> Tensor:
+def square(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    epsilon: float,
+    queries: int = 5000,
+    seed: int | torch.Generator = 0,
+) -> Tensor:
     """Square attack: random search with squares of ±epsilon, `queries` looks at the logits, no gradient."""
-    check_at_least(1, queries=queries)
+    check_whole(1, queries=queries)
     return _run(model, x, y, epsilon, seed, version="custom", attacks=["square"], queries=queries)
 
 
 def _run(
-    model: nn.Module, x: Tensor, y: Tensor, epsilon: float, seed: int, queries: int | None = None, **choice: Any
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    epsilon: float,
+    seed: int | torch.Generator,
+    queries: int = 5000,
+    targets: int = 9,
+    **choice: Any,
 ) -> Tensor:
     x = check_attack(model, x, y, epsilon=epsilon)
+    drawn = int(torch.randint(2**31, (1,), generator=as_generator(seed)))
     if epsilon == 0:
         return x.clone()
     with frozen(model), torch.random.fork_rng():
-        attack = AutoAttack(model, eps=epsilon, seed=seed, device=x.device, **choice)
-        if queries is not None:
-            attack.square.n_queries = queries
+        attack = AutoAttack(model, eps=epsilon, seed=drawn, device=x.device, **choice)
+        attack.logger.setLevel(logging.WARNING)
+        attack.square.n_queries = queries
+        attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = targets
         adversarial, _ = attack.run_standard_evaluation(x, y, batch_size=len(x))
-    return torch.clamp(adversarial, x - epsilon, x + epsilon).clamp(0, 1)
+    return project(adversarial, x, epsilon)

@@ -91,4 +91,5 @@ def as_generator(seed: int | torch.Generator) -> torch.Generator:
         if seed.device.type != "cpu":
             raise ValueError(f"the generator is on {seed.device}; needed: a CPU generator or an integer seed")
         return seed
+    check_whole(0, seed=seed)
     return torch.Generator().manual_seed(seed)

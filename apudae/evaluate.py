@@ -1,6 +1,7 @@
 """Measuring: accuracies with intervals, batched runs with progress, and rows in `data/results/*.csv`."""
 
 import hashlib
+import inspect
 import json
 import math
 import time
@@ -15,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import attacks
+from . import adaptive, attacks
 from .contracts import as_generator, check_known, frozen
-from .files import load_tensors, locked, provenance, save_tensors, written_aside
-from .purify import PurifyConfig
+from .files import RUNS, load_tensors, locked, provenance, save_tensors, written_aside
+from .purify import Purifier, PurifyConfig
 
 # a new row replaces the row that agrees in all of these
 IDENTITY = ["dataset", "split", "n", "classifier", "dae", "attack", "attack_parameters"]
@@ -74,22 +75,24 @@ def run_attack(
     x: Tensor,
     y: Tensor,
     *,
-    seed: int | None = None,
+    seed: int = 0,
     batch_size: int = 256,
     keep: Path | None = None,
     **parameters: Any,
 ) -> Tensor:
-    """The attack `name` of `apudae.attacks` (or "clean") in batches that draw their noise from one generator.
+    """The attack `name` of `apudae.attacks` or `apudae.adaptive` ("clean": none) in batches, with `parameters`.
 
+    The ending "_unclipped" names CW and DeepFool without the ε-ball. Attacks with randomness take it from one generator
+    for all batches, others do without the `seed`.
     With the folder `keep`, each batch is kept there as it is done, and reused when the same model, attack, parameters
     and images come again: a killed run loses one batch at most.
     """
     if name == "clean":
         return x
-    check_known("attack", name, attacks.NAMES)
-    generator = None if seed is None else as_generator(seed)
+    function = _named(name)
+    generator = as_generator(seed) if "seed" in inspect.signature(function).parameters else None
     noise = {} if generator is None else {"seed": generator}
-    attack = partial(getattr(attacks, name), model, **noise, **parameters)
+    attack = partial(function, model, **noise, **parameters)
     if keep is None:
         return in_batches(attack, x, y, batch_size=batch_size, name=name)
     weights = [tensor.cpu() for tensor in model.state_dict().values()]
@@ -111,11 +114,60 @@ def run_attack(
     return in_batches(kept_or_made, x, y, batch_size=batch_size, name=name)
 
 
+def _named(name: str) -> Callable[..., Tensor]:
+    unclipped = [f"{known}{attacks.UNCLIPPED}" for known in ("cw", "deepfool")]
+    check_known("attack", name, [*attacks.NAMES, *unclipped, *adaptive.NAMES])
+    return getattr(adaptive if name in adaptive.NAMES else attacks, name.removesuffix(attacks.UNCLIPPED))
+
+
 def _digest(tensors: list[Tensor], text: str) -> str:
     digest = hashlib.sha256(text.encode())
     for tensor in tensors:
         digest.update(tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()[:20]
+
+
+def read_attacks(run: str, n: int, device: str | torch.device = "cpu") -> tuple[dict[str, Tensor], Tensor, dict]:
+    """The first `n` images under every attack, as notebook 03 of that run wrote them, their labels, and its settings.
+
+    Raises ValueError where they are missing or fewer.
+    """
+    advice = f"notebook 03 writes it: apudae run 03_attacks -p run {run}"
+    tensors, settings = load_tensors(RUNS / run / "attacks.safetensors", advice)
+    if n > len(tensors["labels"]):
+        raise ValueError(f"{n} images asked for; the run {run!r} has {len(tensors['labels'])}; {advice} -p n {n}")
+    attacked = {name: tensors[name][:n].to(device) for name in settings["attacks"]}
+    return attacked, tensors["labels"][:n].to(device), settings
+
+
+def purified_rows(
+    model: nn.Module,
+    dae: nn.Module,
+    attacked: dict[str, Tensor],
+    y: Tensor,
+    configs: dict[str, PurifyConfig | None],
+    *,
+    parameters: dict[str, dict],
+    seed: int = 0,
+    batch_size: int = 256,
+    **facts: Any,
+) -> tuple[dict[tuple[str, str], Tensor], list[dict]]:
+    """Every purifier of `configs` (None: no purifier) on the images of every attack: purified images, and result rows.
+
+    Fewer images than labels are the first so many. `facts` go into the rows.
+    """
+    purified, rows = {}, []
+    for attack, images in attacked.items():
+        for purifier, config in configs.items():
+            defend = (lambda batch: batch) if config is None else Purifier(dae, config, seed=seed)
+            with Stopwatch() as watch:
+                result = in_batches(defend, images, batch_size=batch_size, name=f"{purifier} on {attack}")
+            about = {"attack": attack, "attack_parameters": parameters[attack], "seed": seed, **facts}
+            about |= {"purifier": purifier, "purifier_config": config, "seconds": watch.seconds}
+            about |= {"device": images.device}
+            rows.append(result_row(accuracy(model, result, y[: len(result)]), **about))
+            purified[attack, purifier] = result
+    return purified, rows
 
 
 def result_row(
@@ -142,7 +194,7 @@ def result_row(
         "classifier": classifier,
         "dae": dae,
         "attack": attack,
-        "attack_parameters": json.dumps(attack_parameters, sort_keys=True),
+        "attack_parameters": json.dumps(_without_infinity(attack_parameters), sort_keys=True),
         "purifier": purifier,
         "purifier_parameters": json.dumps(asdict(purifier_config) if purifier_config else {}, sort_keys=True),
         "seed": seed,
@@ -154,6 +206,10 @@ def result_row(
         "seconds": round(seconds, 2),
         **provenance(),
     }
+
+
+def _without_infinity(parameters: dict) -> dict:
+    return {name: "inf" if value == math.inf else value for name, value in parameters.items()}  # JSON has none
 
 
 def device_name(device: str | torch.device) -> str:

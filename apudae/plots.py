@@ -49,7 +49,7 @@ def image_strip(columns: dict[str, Tensor], captions: dict[str, list[str]], titl
             figure.update_xaxes(title={"text": text, "standoff": 2, "font_size": 13}, row=row, col=column)
     figure.update_xaxes(showticklabels=False, showgrid=False, zeroline=False)
     figure.update_yaxes(showticklabels=False, showgrid=False, zeroline=False)
-    return figure.update_layout(title=title, width=110 * len(columns) + 90, height=130 * rows + 110)
+    return figure.update_layout(title=title, width=110 * len(columns) + 90, height=130 * rows + 130, margin_t=80)
 
 
 def _png(image: Tensor) -> str:
@@ -80,8 +80,23 @@ def accuracy_curves(rows: pd.DataFrame, x: str, colour: str, title: str, x_title
     figure = px.line(
         drawn, x=x, y="accuracy", color=colour, symbol=colour, markers=True, error_y="above", error_y_minus="below"
     )
+    for trace in figure.data[len(PALETTE) :]:  # a colour that comes again is dashed
+        trace.line.dash = "dash"
     figure.update_yaxes(title="accuracy (share of images), 95 % interval", range=[0, 1.02])
     return figure.update_xaxes(title=x_title).update_layout(title=title)
+
+
+def error_paths(rows: pd.DataFrame, title: str, recon_mu: float) -> go.Figure:
+    """Reconstruction error against the iteration: median and quartiles, one colour for each kind of images.
+
+    `rows` has the columns images, step, median, low, high.
+    """
+    drawn = rows.assign(above=rows["high"] - rows["median"], below=rows["median"] - rows["low"])
+    errors = {"error_y": "above", "error_y_minus": "below"}
+    figure = px.line(drawn, x="step", y="median", color="images", symbol="images", markers=True, **errors)
+    figure.add_hline(y=recon_mu, line_dash="dot", annotation_text="μ", annotation_position="bottom right")
+    figure.update_yaxes(title="reconstruction error, median and quartiles", rangemode="tozero")
+    return figure.update_xaxes(title="iteration i").update_layout(title=title)
 
 
 def error_histograms(rows: pd.DataFrame, title: str, recon_mu: float) -> go.Figure:

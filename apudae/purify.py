@@ -130,13 +130,14 @@ class Step(NamedTuple):
 def trajectory(
     dae: nn.Module, x: Tensor, config: str | PurifyConfig = "A", seed: int | torch.Generator = 0
 ) -> list[Step]:
-    """Every step of `purify`, and the end as a last line with step sizes 0."""
-    purifier, steps = Purifier(dae, config, seed=seed), []
-    purifier.record = steps
+    """Every step of `purify`, and the end with step sizes 0: `steps` + 1 lines, however early all images rest."""
+    purifier, lines = Purifier(dae, config, seed=seed), []
+    purifier.record = lines
     purified = purifier(x)
     with torch.no_grad(), frozen(dae):
         errors = squared_distance(purified, dae(purified))
-    return [*steps, Step(purified, errors, torch.zeros_like(errors))]
+    end = Step(purified, errors, torch.zeros_like(errors))
+    return lines + [end] * (1 if purifier.config.direct else purifier.config.steps + 1 - len(lines))
 
 
 class Purifier(nn.Module):
@@ -163,6 +164,9 @@ class Purifier(nn.Module):
                 f"{self.config} needs μ and σ of the reconstruction error, and this autoencoder has none; "
                 "measure them with apudae.dae.calibrate on held-out training images"
             )
+
+    def extra_repr(self) -> str:
+        return f"{self.config}, backward={self.backward!r}"  # `evaluate.run_attack` knows kept images by it
 
     def forward(self, x: Tensor) -> Tensor:
         check_images(x)

@@ -1,4 +1,5 @@
 import copy
+import math
 from functools import partial
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from apudae import Purifier, attacks
+from apudae import Purifier, attacks, evaluate
 from apudae.evaluate import accuracy
 
 SIGN_ATTACKS = ["random", "fgsm", "r_fgsm", "bim", "pgd"]
@@ -318,3 +319,98 @@ def test_model_without_gradients_is_named(attack):
     model = nn.Sequential(Purifier(nn.Identity()), *linear_classifier(4))
     with pytest.raises(ValueError, match="gradient"):
         attack(model, GOOD, model(GOOD).argmax(1), epsilon=0.1)
+
+
+# --- more effort, images that are fooled already, other precisions ----------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("name", "allowed"), [("cw", 1.25), ("deepfool", 1.05)])
+def test_length_of_the_shortest_perturbation_of_a_linear_model(name, allowed, dtype):
+    """|z_y − z_k| / ‖w_y − w_k‖₂ is the distance to the border of a linear model."""
+    model = linear_classifier(20, dtype=dtype)
+    x = images(10, 1, 4, 5, low=0.4, high=0.6, dtype=dtype)
+    y = model(x).argmax(1)
+    weight = model[1].weight.detach()
+    distance = (model(x)[:, 0] - model(x)[:, 1]).abs() / (weight[0] - weight[1]).norm()
+    found = getattr(attacks, name)(model, x, y, epsilon=math.inf)
+    ratio = (found - x).flatten(1).norm(dim=1) / distance
+    assert (model(found).argmax(1) != y).all()
+    assert ratio.min() >= 1 - 1e-4, "nothing shorter fools a linear model"
+    assert ratio.max() <= allowed
+
+
+def test_deepfool_finds_the_nearest_of_many_borders():
+    model = linear_classifier(20, classes=6, dtype=torch.float64)
+    x = images(40, 1, 4, 5, low=0.4, high=0.6, dtype=torch.float64)
+    logits, weight = model(x).detach(), model[1].weight.detach()
+    y = logits.argmax(1)
+    gaps = logits.gather(1, y[:, None]) - logits
+    distances = gaps / (weight[y][:, None] - weight).norm(dim=2)
+    nearest = distances.masked_fill(F.one_hot(y, 6).bool(), torch.inf).amin(1)
+    found = attacks.deepfool(model, x, y, epsilon=math.inf)
+    assert ((found - x).flatten(1).norm(dim=1) / nearest).max() <= 1.05
+
+
+@pytest.mark.parametrize(("name", "few", "many"), [("bim", 5, 40), ("pgd", 5, 40), ("deepfool", 1, 50)])
+def test_more_steps_are_never_weaker(name, few, many, classifier, digits):
+    x, y = digits
+    epsilon = math.inf if name == "deepfool" else 0.1
+    reached = [
+        accuracy(classifier, getattr(attacks, name)(classifier, x, y, epsilon=epsilon, steps=n), y).correct
+        for n in (few, many)
+    ]
+    assert reached[1] <= reached[0]
+
+
+def test_more_search_never_lengthens_what_cw_found(classifier, digits):
+    x, y = digits[0][:20], digits[1][:20]
+
+    def lengths(search_steps):
+        found = attacks.cw(classifier, x, y, epsilon=math.inf, steps=100, learning_rate=0.05, search_steps=search_steps)
+        length = (found - x).flatten(1).norm(dim=1)
+        return torch.where(length > 0, length, torch.inf)  # unchanged: not fooled yet
+
+    few, many = lengths(3), lengths(7)
+    assert (many <= few + 1e-6).all()
+    assert (many < few - 1e-3).any()
+
+
+@pytest.mark.parametrize("name", ["cw", "deepfool"])
+def test_clipping_is_a_projection_of_the_unclipped_result(name, classifier, digits):
+    x, y = digits[0][:20], digits[1][:20]
+    attack = partial(getattr(attacks, name), classifier, x, y, **SHORT.get(name, {}))
+    assert torch.equal(attack(epsilon=0.05), attacks.project(attack(epsilon=math.inf), x, 0.05))
+
+
+@every_attack
+def test_a_batch_that_is_misclassified_already(attack, classifier, digits):
+    x, y = digits[0][:10], (digits[1][:10] + 1) % 10
+    assert (classifier(x).argmax(1) != y).all()
+    found = attack(classifier, x, y, epsilon=0.1)
+    assert (found - x).abs().max() <= 0.1 + 1e-6
+    assert (classifier(found).argmax(1) != y).all()
+    if attack.func in (attacks.cw, attacks.deepfool):
+        assert torch.equal(found, x)
+
+
+@every_attack
+def test_a_model_of_half_precision_is_named(attack):
+    with pytest.raises(ValueError, match=r"float32.*bfloat16"):
+        attack(linear_classifier(4).bfloat16(), GOOD, torch.tensor([0, 1]), epsilon=0.1)
+
+
+@every_attack
+def test_a_model_on_another_device_is_named(attack):
+    with pytest.raises(ValueError, match="meta"):
+        attack(linear_classifier(4).to("meta"), GOOD, torch.tensor([0, 1]), epsilon=0.1)
+
+
+def test_every_name_has_the_papers_parameters():
+    model, y = linear_classifier(4, classes=5), torch.tensor([0, 1])
+    for recipes in attacks.PAPER.values():
+        assert set(attacks.NAMES) < set(recipes)
+        for name, parameters in recipes.items():
+            evaluate.run_attack(name, model, GOOD, y, **parameters | ({"queries": 10} if name == "square" else {}))
+    assert attacks.PAPER["mnist"]["cw"]["steps"] == 1000
+    assert attacks.PAPER["cifar10"]["pgd"] == {"epsilon": 8 / 255, "step_size": 1 / 255}

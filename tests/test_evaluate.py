@@ -1,3 +1,4 @@
+import functools
 import json
 import subprocess
 import sys
@@ -188,7 +189,8 @@ def test_kept_attack_is_reused_batch_by_batch_and_equals_an_undisturbed_run(tmp_
     assert len(files) == 3
     files[-1].unlink()  # as a kill in the last batch leaves it
     calls, attack = [], attacks.pgd
-    monkeypatch.setattr(attacks, "pgd", lambda *a, **k: calls.append(1) or attack(*a, **k))
+    spy = functools.wraps(attack)(lambda *a, **k: calls.append(1) or attack(*a, **k))
+    monkeypatch.setattr(attacks, "pgd", spy)
     assert torch.equal(run_attack("pgd", classifier, x, y, keep=tmp_path, **parameters), expected)
     assert len(calls) == 1
     run_attack("pgd", classifier, x, y, keep=tmp_path, **parameters | {"epsilon": 0.05})
