@@ -1,6 +1,7 @@
 """Purification (section 2.3): a few gradient steps on the *image* that lower its reconstruction error (Eq. 2)."""
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from .contracts import as_generator, check_at_least, check_images, check_known, check_whole, frozen
 from .dae import squared_distance
-from .transforms import Draws, affine_matrices, resampled
+from .parts import Draws, Moments, SmoothSign, StraightThrough, affine_matrices, per_image, resampled
 
 Loss = Literal["dist", "two_sided", "hinge"]
 StepRule = Literal["sign", "adam", "gradient", "l2"]
@@ -174,10 +175,23 @@ class Purifier(nn.Module):
             x = x.clone() if x.is_inference() else x
             if self.backward == "exact" and x.requires_grad and torch.is_grad_enabled():
                 return self._purified(x, exact=True)
-            purified = self._purified(x.detach(), exact=False).detach()
+            purified = self._fitting(x.detach()).detach()
             if self.backward in ("none", "exact"):
                 return purified
-            return _StraightThrough.apply(x if self.backward == "identity" else self.dae(x), purified)
+            return StraightThrough.apply(x if self.backward == "identity" else self.dae(x), purified)
+
+    def _fitting(self, x: Tensor) -> Tensor:
+        """`_purified` without gradients; a batch that is too large for the memory is halved and tried again."""
+        state = self.generator.get_state()
+        try:
+            return self._purified(x, exact=False)
+        except RuntimeError as error:  # the CPU's has no class of its own
+            short = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+            if not short or len(x) == 1 or self.record is not None:
+                raise
+        warnings.warn(f"a batch of {len(x)} images does not fit into memory: trying its halves", stacklevel=4)
+        self.generator.set_state(state)
+        return torch.cat([self._fitting(half) for half in x.split((len(x) + 1) // 2)])
 
     def _purified(self, x: Tensor, *, exact: bool) -> Tensor:
         """X_pur,0 … X_pur,n of Eq. 2."""
@@ -194,7 +208,7 @@ class Purifier(nn.Module):
         active = torch.arange(len(x), device=x.device)  # the images that can still move; the others leave the work
         if at_rest_for_good:
             active = active[self._errors(x) > self.dae.recon_mu]
-        moments = _Moments(x, config.betas) if config.step_rule == "adam" else None
+        moments = Moments(x, config.betas) if config.step_rule == "adam" else None
         for _ in range(config.steps):
             if config.noise_std > 0:  # F: X_pur,i + γ r
                 x = self._noisy(x, draws)
@@ -206,8 +220,8 @@ class Purifier(nn.Module):
                 self._remember(x, active, errors, sizes * (slopes != 0))
             moves = slopes != 0
             moving = active[moves]
-            gradients = _per_image(slopes[moves]) * gradients[moves]
-            step = _per_image(sizes[moves]) * self._direction(gradients, moving, moments, exact=exact)
+            gradients = per_image(slopes[moves]) * gradients[moves]
+            step = per_image(sizes[moves]) * self._direction(gradients, moving, moments, exact=exact)
             x = x.index_put((moving,), (x[moving] - step).clamp(0, 1))  # paper: never clips; here: images stay images
             if at_rest_for_good:
                 active = moving
@@ -244,14 +258,14 @@ class Purifier(nn.Module):
         deviations = (errors - self.dae.recon_mu) / self.dae.recon_sigma
         return self.config.step_size * (1 - torch.exp(-deviations.square()))
 
-    def _direction(self, gradients: Tensor, moving: Tensor, moments: "_Moments | None", *, exact: bool) -> Tensor:
+    def _direction(self, gradients: Tensor, moving: Tensor, moments: Moments | None, *, exact: bool) -> Tensor:
         """w_i, scaled so that a step moves a pixel by about α (but for the "gradient" of Eq. 2 itself)."""
         if self.config.step_rule == "gradient":
             return gradients
         if self.config.step_rule == "sign":
-            return _SmoothSign.apply(gradients) if exact else gradients.sign()
+            return SmoothSign.apply(gradients) if exact else gradients.sign()
         if self.config.step_rule == "l2":
-            norm = _per_image(gradients.flatten(1).norm(dim=1)).clamp_min(torch.finfo(gradients.dtype).tiny)
+            norm = per_image(gradients.flatten(1).norm(dim=1)).clamp_min(torch.finfo(gradients.dtype).tiny)
             return gradients / norm * math.sqrt(gradients[0].numel()) if len(gradients) else gradients
         return moments.updated(gradients, moving)
 
@@ -259,62 +273,10 @@ class Purifier(nn.Module):
         if self.config.noise_rule == "normal":
             return (x + self.config.noise_std * draws.normal(x)).clamp(0, 1)
         above = (self._errors(x.detach()) - self.dae.recon_mu) / self.dae.recon_sigma
-        scale = self.config.noise_std * _per_image(above.clamp(0, 1))
+        scale = self.config.noise_std * per_image(above.clamp(0, 1))
         return (x + scale * (2 * draws.uniform(x) - 1)).clamp(0, 1)
 
     def _remember(self, x: Tensor, active: Tensor, errors: Tensor, sizes: Tensor) -> None:
         kept = self.record[-1].errors if self.record else self._errors(x)
         filled = kept.index_put((active,), errors.detach())
         self.record.append(Step(x.detach(), filled, torch.zeros_like(filled).index_put((active,), sizes.detach())))
-
-
-class _Moments:
-    """Adam's two moments and step counts of every image; an image at rest keeps its own."""
-
-    def __init__(self, x: Tensor, betas: tuple[float, float]) -> None:
-        self.betas = betas
-        self.first, self.second = torch.zeros_like(x), torch.zeros_like(x)
-        self.counts = torch.zeros_like(x[:, :1, :1, :1])
-
-    def updated(self, gradients: Tensor, moving: Tensor) -> Tensor:
-        beta1, beta2 = self.betas
-        first = beta1 * self.first[moving] + (1 - beta1) * gradients
-        second = beta2 * self.second[moving] + (1 - beta2) * gradients.square()
-        counts = self.counts[moving] + 1
-        self.first = self.first.index_put((moving,), first)
-        self.second = self.second.index_put((moving,), second)
-        self.counts = self.counts.index_put((moving,), counts)
-        smallest = torch.finfo(gradients.dtype).tiny  # keeps the root differentiable where a gradient is 0
-        spread = (second / (1 - beta2**counts)).clamp_min(smallest).sqrt()
-        return first / (1 - beta1**counts) / (spread + 1e-12)  # so small that betas of 0 give the sign step
-
-
-def _per_image(values: Tensor) -> Tensor:
-    return values.view(-1, 1, 1, 1)
-
-
-class _StraightThrough(torch.autograd.Function):
-    """The value of `purified`, the gradient of `seen` (BPDA)."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, seen: Tensor, purified: Tensor) -> Tensor:
-        return purified.clone()
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, above: Tensor) -> tuple[Tensor, None]:
-        return above, None
-
-
-class _SmoothSign(torch.autograd.Function):
-    """sign(g) forward; the derivative of tanh(g / s), s the mean of |g| over an image, backward."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient)
-        return gradient.sign()
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, above: Tensor) -> Tensor:
-        (gradient,) = ctx.saved_tensors
-        scale = gradient.abs().mean((1, 2, 3), keepdim=True).clamp_min(torch.finfo(gradient.dtype).tiny)
-        return above * (1 - torch.tanh(gradient / scale).square()) / scale

@@ -8,8 +8,8 @@ from conftest import LinearDAE, images, seeded, tiny_dae
 
 import apudae
 from apudae.dae import calibrate, recon_error
+from apudae.parts import affine_matrices, resampled
 from apudae.purify import PRESETS, PurifyConfig, purify, trajectory
-from apudae.transforms import affine_matrices, resampled
 
 ALPHA = 0.01
 
@@ -168,3 +168,49 @@ def test_each_variant_keeps_the_contract(name):
 def test_contradicting_parts_are_refused(parts):
     with pytest.raises(ValueError):  # noqa: PT011  each message is another one
         PurifyConfig(**parts)
+
+
+class Cramped(torch.nn.Module):
+    """Runs out of memory for more than `room` images at once."""
+
+    def __init__(self, dae, room, error):
+        super().__init__()
+        self.dae, self.room, self.error, self.sizes = dae, room, error, []
+        self.recon_mu, self.recon_sigma = dae.recon_mu, dae.recon_sigma
+
+    def forward(self, x):
+        if len(x) > self.room:
+            raise self.error
+        self.sizes.append(len(x))
+        return self.dae(x)
+
+
+ON_CPU = RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried …")
+
+
+@pytest.mark.parametrize("error", [ON_CPU, torch.OutOfMemoryError("CUDA out of memory")], ids=["cpu", "cuda"])
+@pytest.mark.parametrize("name", ["A", "E", "F", "G"])
+def test_a_batch_too_large_for_memory_is_halved_and_nothing_changes(name, error):
+    dae, x, _ = scene()
+    cramped = Cramped(dae, 1, error)
+    with pytest.warns(UserWarning, match="4 images does not fit"):
+        found = purify(cramped, x, name, seed=3)
+    torch.testing.assert_close(found, purify(dae, x, name, seed=3))
+    assert set(cramped.sizes) <= {0, 1}
+
+
+def test_other_errors_and_an_image_too_large_alone_are_not_hidden():
+    dae, x, _ = scene()
+    with pytest.raises(RuntimeError, match="broken"):
+        purify(Cramped(dae, 1, RuntimeError("broken")), x)
+    with pytest.warns(UserWarning, match="halves"), pytest.raises(torch.OutOfMemoryError):
+        purify(Cramped(dae, 0, torch.OutOfMemoryError("CUDA out of memory")), x[:2])
+
+
+def test_trajectory_is_whole_where_every_image_rests():
+    dae, x, errors = scene()
+    dae.recon_mu = errors.max() + 1
+    lines = trajectory(dae, x, "E")
+    assert len(lines) == PRESETS["E"].steps + 1
+    assert all(torch.equal(line.images, x) for line in lines)
+    assert len(trajectory(dae, x, "direct")) == 1

@@ -41,13 +41,16 @@ def main(n: int = 500, repeats: int = 5) -> None:
             )
             figures = f"{1000 * median / n:9.3f} ms/image {rows[-1]['times_ours']:7.2f} × ours"
             print(f"{name:10s} {library:13s} {figures}")
+    keep(rows)
+
+
+def keep(rows: list[dict]) -> None:
+    """Add rows to data/results/benchmarks.csv; one replaces the former of the same measurement."""
     path = files.RESULTS / "benchmarks.csv"
     with files.locked(path), files.written_aside(path) as aside:
         kept = [pd.read_csv(path, keep_default_na=False)] if path.is_file() else []
-        table = pd.concat([*kept, pd.DataFrame(rows)]).drop_duplicates(
-            ["benchmark", "name", "library", "dataset", "n", "device"], keep="last"
-        )
-        table.to_csv(aside, index=False)
+        same = ["benchmark", "name", "library", "dataset", "n", "device"]
+        pd.concat([*kept, pd.DataFrame(rows)]).drop_duplicates(same, keep="last").to_csv(aside, index=False)
 
 
 if __name__ == "__main__":
