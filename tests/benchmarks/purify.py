@@ -13,6 +13,7 @@ Prints a table and writes rows to data/results/benchmarks.csv. `times_reference`
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from attacks import keep
@@ -70,10 +71,10 @@ def seconds(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, f
 def main(n: int = 200, repeats: int = 5) -> None:
     rows = []
     for scene, (dae, attacked, stream) in scenes(n).items():
-        calls = {"reference": lambda: reference(dae, attacked), "floor": lambda: floor(dae, attacked)}
-        calls |= {name: lambda name=name: apudae.purify(dae, attacked, name) for name in apudae.PRESETS}
+        calls = {"reference": partial(reference, dae, attacked), "floor": partial(floor, dae, attacked)}
+        calls |= {name: partial(apudae.purify, dae, attacked, name) for name in apudae.PRESETS}
         if scene == "mnist":
-            calls["E, nine tenths clean"] = lambda: apudae.purify(dae, stream, "E")
+            calls["E, nine tenths clean"] = partial(apudae.purify, dae, stream, "E")
         found = seconds(calls, repeats)
         for name, taken in found.items():
             rows.append(
