@@ -5,6 +5,7 @@ Everything a sweep writes lies in data/runs/<name of its file>/: for each step t
 to run. `python -m apudae.sweep STEP PARENT`, in that folder, is what Snakemake calls for one step.
 """
 
+import contextlib
 import ctypes
 import fcntl
 import hashlib
@@ -27,16 +28,24 @@ import click
 import jsonschema
 import nbformat
 import pandas as pd
+import torch
 import yaml
 
+from .checkpoints import load_model
 from .contracts import check_known
+from .data import NAMES, SPLITS
+from .evaluate import merge_results
 from .files import CHECKPOINTS, ROOT, RUNS, written_aside
+from .purify import PRESETS
 from .run import NOTEBOOKS, NotebookError, check_parameters, declared_parameters, read_mapping, run_notebook
 
 WORKFLOW = ROOT / "workflow"
 PROFILES = WORKFLOW / "profiles"
 RESULTS = "results"  # the step that merges the rows
-VOLATILE = ["device", "seconds", "commit", "command"]  # columns that may differ between two runs of one sweep
+# how Snakemake reports on a step
+EVENT = re.compile(
+    r"(?:local)?rule (?P<started>\w+):|Finished jobid: \d+ \(Rule: (?P<finished>\w+)\)|Error in rule (?P<failed>\w+)"
+)
 EXECUTORS = {"slurm": "sbatch"}  # the program without which an engine cannot work
 
 
@@ -53,18 +62,24 @@ def read_sweep(path: Path, device: str = "") -> dict[str, Any]:
     if error := jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema).iter_errors(written)):
         raise ValueError(f"{path}, at {error.json_path.removeprefix('$.')}: {' '.join(error.message.split())}")
     general = ({"device": device} if device else {}) | written.get("parameters", {})
-    steps = {}
+    outputs = [step.get("parameters", {}).get("output", "") for step in written["steps"].values()]
+    steps, trained = {}, {(ROOT / str(output)).resolve() for output in outputs}
     for name, step in written["steps"].items():
         try:
-            steps[name] = _resolved(name, step, general, path.stem)
+            steps[name] = _resolved(name, step, general, path.stem, trained)
         except ValueError as error:
             raise ValueError(f"{path}, step {name}: {error}") from error
-    known = {key for step in steps.values() for key in declared_parameters(step["notebook"])}
     for key in written.get("parameters", {}):
-        check_known(f"{path}: parameter", key, sorted(known))
+        if not any(key in step["parameters"] for step in steps.values()):
+            raise ValueError(f"{path}: no notebook of its steps has the parameter {key!r}")
     for name, step in steps.items():
         for earlier in step["after"]:
             check_known(f"{path}, step {name}: step", earlier, [*steps, RESULTS])
+    return {"steps": steps, **_ordered(path, steps)}
+
+
+def _ordered(path: Path, steps: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
+    """An order in which the steps can run, `results` among them, and the steps whose rows that merges."""
     late = {RESULTS}
     while more := {name for name in steps if name not in late and late.intersection(steps[name]["after"])}:
         late |= more
@@ -73,15 +88,15 @@ def read_sweep(path: Path, device: str = "") -> dict[str, Any]:
         raise ValueError(f"{path}: no step before {RESULTS} writes rows")
     graph = {name: step["after"] for name, step in steps.items()} | ({RESULTS: merged} if merged else {})
     try:
-        order = list(TopologicalSorter(graph).static_order())
+        return {"merged": merged, "order": list(TopologicalSorter(graph).static_order())}
     except CycleError as error:
         raise ValueError(f"{path}: the steps form a cycle: {' → '.join(reversed(error.args[1]))}") from error
-    _check_checkpoints(path, steps)
-    return {"steps": steps, "merged": merged, "order": order}
 
 
-def _resolved(name: str, step: dict[str, Any], general: dict[str, Any], sweep: str) -> dict[str, Any]:
-    """One step with all its parameters."""
+def _resolved(
+    name: str, step: dict[str, Any], general: dict[str, Any], sweep: str, trained: set[Path]
+) -> dict[str, Any]:
+    """One step with all its parameters, their values checked; `trained`: networks that the sweep makes itself."""
     notebook, own = step["notebook"], step.get("parameters", {})
     declared = declared_parameters(notebook)
     parameters = check_parameters(notebook, {key: value for key, value in general.items() if key in declared} | own)
@@ -90,57 +105,32 @@ def _resolved(name: str, step: dict[str, Any], general: dict[str, Any], sweep: s
     if writes_rows:
         parameters["results"] = os.path.relpath(RUNS / sweep / f"{name}.csv", ROOT)
     effective = {key: default for key, (default, _) in declared.items()} | parameters
-    _check_values(effective)
+    _check_values(effective, trained)
+    cells = nbformat.read(NOTEBOOKS / f"{notebook}.ipynb", as_version=4).cells
+    code = "\0".join(cell.source for cell in cells if cell.cell_type == "code")
     return {
         "notebook": notebook,
         "after": step.get("after", []),
         "parameters": parameters,
         "writes_rows": writes_rows,
         "gpu": str(effective.get("device", "")).startswith("cuda"),
-        "code": _code_digest(notebook),
+        "code": hashlib.sha256(code.encode()).hexdigest(),  # prose and outputs may change, and nothing runs again
     }
 
 
-def _check_values(parameters: dict[str, Any]) -> None:
-    """The names that would otherwise be found unknown only when the notebook runs."""
-    from .data import NAMES, SPLITS
-    from .purify import PRESETS
-
-    known = {"split": SPLITS, "purifier": PRESETS, "device": ("cpu", "cuda")}
-    for key, names in known.items():
+def _check_values(parameters: dict[str, Any], trained: set[Path]) -> None:
+    """Refuse what the notebook itself would refuse only when its turn has come."""
+    for key, names in {"split": SPLITS, "purifier": PRESETS, "device": ("cpu", "cuda")}.items():
         if key in parameters:
             check_known(key, parameters[key], names)
+    for key in {"classifier", "dae"} & parameters.keys():
+        if (CHECKPOINTS / parameters[key]).resolve() not in trained:
+            load_model(parameters[key])
     if dataset := parameters.get("dataset"):
         folder = dataset.removeprefix("folder:")
         check_known("data set", dataset if folder == dataset else "folder:PATH", NAMES)
         if folder != dataset and not Path(folder).expanduser().is_dir():
             raise ValueError(f"{folder} is no folder; needed: images, a folder for each class")
-
-
-def _check_checkpoints(path: Path, steps: dict[str, dict[str, Any]]) -> None:
-    """Every network that a step reads can be loaded, or is what another step trains."""
-    from .checkpoints import load_model
-
-    trained = {
-        (ROOT / step["parameters"]["output"]).resolve() for step in steps.values() if "output" in step["parameters"]
-    }
-    for name, step in steps.items():
-        defaults = {key: default for key, (default, _) in declared_parameters(step["notebook"]).items()}
-        for key in {"classifier", "dae"} & defaults.keys():
-            checkpoint = step["parameters"].get(key, defaults[key])
-            if (CHECKPOINTS / checkpoint).resolve() not in trained:
-                try:
-                    load_model(checkpoint)
-                except ValueError as error:
-                    raise ValueError(f"{path}, step {name}: {error}") from error
-
-
-def _code_digest(notebook: str) -> str:
-    """Changes with the code of a notebook, not with its prose or outputs."""
-    cells = nbformat.read(NOTEBOOKS / f"{notebook}.ipynb", as_version=4).cells
-    return hashlib.sha256("\0".join(cell.source for cell in cells if cell.cell_type == "code").encode()).hexdigest()[
-        :16
-    ]
 
 
 # --- the profile ------------------------------------------------------------------------------------------------------
@@ -161,12 +151,10 @@ def read_profile(name: str) -> dict[str, Any]:
     return settings
 
 
-def _gpu_places(sweep: dict[str, Any], settings: dict[str, Any]) -> list[str]:
-    """On this machine: its GPUs, each as often as notebooks may share it. Elsewhere none: the cluster hands them out."""
+def gpu_places(sweep: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+    """On this machine: its GPUs, each as often as notebooks may share it; on a cluster none: that hands them out."""
     if settings["executor"] != "local" or not any(step["gpu"] for step in sweep["steps"].values()):
         return []
-    import torch
-
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count()))))
     gpus = visible.split(",") if torch.cuda.is_available() else []
     if not gpus:
@@ -180,7 +168,7 @@ def _gpu_places(sweep: dict[str, Any], settings: dict[str, Any]) -> list[str]:
 
 
 def die_with_parent(parent: int) -> None:
-    """Have Linux kill this process when `parent`, which started it, dies, even by kill -9: no orphan goes on working."""
+    """Have Linux kill this process when `parent`, which started it, dies, even by kill -9: no orphans."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if os.getppid() != parent:  # it died before the call
@@ -190,43 +178,29 @@ def die_with_parent(parent: int) -> None:
 @contextmanager
 def gpu_place(places: list[str]) -> Iterator[str]:
     """Hold one of `places` ("<GPU>.<number>") and name its GPU. A place is a lock, freed when its holder dies."""
-    with ExitStack() as stack:
-        while True:
-            for place in places:
-                lock = open(RUNS / f".gpu.{os.uname().nodename}.{place}.lock", "w")  # noqa: SIM115
+    while True:
+        for place in places:
+            with open(RUNS / f".gpu.{os.uname().nodename}.{place}.lock", "w") as lock:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    lock.close()
                     continue
-                stack.enter_context(lock)
                 yield place.rpartition(".")[0]
                 return
-            time.sleep(1)
+        time.sleep(1)
 
 
 def run_step(name: str) -> None:
     """Run the step `name` of the sweep in the current folder."""
     sweep = json.loads(Path("steps.json").read_text())
     if name == RESULTS:
-        return merge_rows([Path(f"{step}.csv") for step in sweep["merged"]])
+        return merge_results([Path(f"{step}.csv") for step in sweep["merged"]], Path("results.csv"), Path("tables.csv"))
     step = sweep["steps"][name]
     Path(f"{name}.csv").unlink(missing_ok=True)  # rows of other parameters would stay
     with ExitStack() as stack:
         if step["gpu"] and sweep["gpu_places"]:
             os.environ["CUDA_VISIBLE_DEVICES"] = stack.enter_context(gpu_place(sweep["gpu_places"]))
         run_notebook(step["notebook"], step["parameters"], Path.cwd() / f"{name}.ipynb")
-
-
-def merge_rows(paths: list[Path]) -> None:
-    """Merge the rows of `paths` into results.csv, sorted, and write the columns that every run agrees in to tables.csv."""
-    from .evaluate import IDENTITY, read_results
-
-    rows = pd.concat([read_results(path) for path in paths]).sort_values(IDENTITY, kind="stable")
-    rows = rows.drop_duplicates(IDENTITY)  # several notebooks show the undefended classifier
-    for name, table in {"results.csv": rows, "tables.csv": rows.drop(columns=VOLATILE).drop_duplicates()}.items():
-        with written_aside(Path(name)) as aside:
-            table.to_csv(aside, index=False)
 
 
 # --- the launcher -----------------------------------------------------------------------------------------------------
@@ -239,26 +213,25 @@ def run_sweep(path: Path, profile: str = "local", dry_run: bool = False) -> None
     """
     settings = read_profile(profile)
     sweep = read_sweep(path, settings["config"].get("device", ""))
-    sweep["gpu_places"] = _gpu_places(sweep, settings)
+    sweep["gpu_places"] = gpu_places(sweep, settings)
     folder = RUNS / path.stem
     with _alone(folder):
         with written_aside(folder / "steps.json") as aside:
             aside.write_text(json.dumps(sweep, indent=1))
         command = [sys.executable, "-m", "snakemake", "--snakefile", str(WORKFLOW / "Snakefile")]
-        command += [
-            "--profile",
-            str(PROFILES / profile),
-            "--directory",
-            str(folder),
-            "--configfile",
-            str(folder / "steps.json"),
-        ]
+        command += ["--profile", str(PROFILES / profile)]
+        command += ["--directory", str(folder), "--configfile", str(folder / "steps.json")]
         command += ["--nolock", "--rerun-incomplete", "--keep-going"]  # `_alone` is the lock: it never outlives us
         if sweep["gpu_places"]:
             command += ["--resources", f"gpu={len(sweep['gpu_places'])}"]
         todo = _steps_to_do(command, sweep)
-        _announce(path, sweep, todo, folder, settings, dry_run)
-        if todo and not dry_run:
+        steps = f"{len(sweep['order'])} steps, {len(sweep['order']) - len(todo)} done, {len(todo)} to do"
+        click.echo(f"{path}: {steps}, in {os.path.relpath(folder)}")
+        workers = settings.get("jobs", settings.get("cores"))
+        _estimate(sweep, todo, folder, os.cpu_count() if workers == "all" else int(workers))
+        if dry_run:
+            click.echo("\n".join(todo))
+        elif todo:
             _run(command, todo, folder)
 
 
@@ -283,12 +256,8 @@ def _steps_to_do(command: list[str], sweep: dict[str, Any]) -> list[str]:
     return [name for name in sweep["order"] if name in found]
 
 
-def _announce(
-    path: Path, sweep: dict[str, Any], todo: list[str], folder: Path, settings: dict[str, Any], dry_run: bool
-) -> None:
-    """Say how many steps there are, and about how long they take: not less than the longest chain of them."""
-    total = len(sweep["order"])
-    click.echo(f"{path}: {total} steps, {total - len(todo)} done, {len(todo)} to do, in {os.path.relpath(folder)}")
+def _estimate(sweep: dict[str, Any], todo: list[str], folder: Path, workers: int) -> None:
+    """Say about how long `todo` takes by earlier benchmarks: all of it on the workers, the longest chain at least."""
     seconds, chain = {}, {}
     for name in todo:
         benchmark = folder / f"{name}.benchmark.tsv"
@@ -296,63 +265,51 @@ def _announce(
             seconds[name] = float(pd.read_csv(benchmark, sep="\t").s.mean())
         after = sweep["merged"] if name == RESULTS else sweep["steps"][name]["after"]
         chain[name] = seconds.get(name, 0) + max((chain.get(earlier, 0) for earlier in after), default=0)
-        if dry_run:
-            click.echo(f"  {name}" + (f"  about {seconds[name]:.0f} s" if name in seconds else ""))
-    workers = settings.get("jobs", settings.get("cores", 1))
-    workers = len(os.sched_getaffinity(0)) if workers == "all" else int(workers)
     if seconds:
-        estimate = max(sum(seconds.values()) / workers, *chain.values())
-        click.echo(f"about {estimate / 60:.1f} minutes, by earlier benchmarks of {len(seconds)} of them")
+        minutes = max(sum(seconds.values()) / workers, *chain.values()) / 60
+        click.echo(f"about {minutes:.1f} minutes, by earlier benchmarks of {len(seconds)} of them")
     elif todo:
-        click.echo("no estimate of the time: none of them was ever run here")
+        click.echo("no estimate of the time: none of them has run here before")
 
 
 def _run(command: list[str], todo: list[str], folder: Path) -> None:
     """Start Snakemake, show its progress, and say at the end what failed and why."""
-    start, launcher, finished, failed = time.monotonic(), os.getpid(), [], []
-    engine = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,  # Ctrl-C comes to us alone
-        preexec_fn=lambda: die_with_parent(launcher),
-    )
+    start, launcher, states = time.monotonic(), os.getpid(), {}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    alone = {"start_new_session": True, "preexec_fn": lambda: die_with_parent(launcher)}  # Ctrl-C comes to us only
+    engine = subprocess.Popen(command, **streams, **alone)
     try:
-        with open(folder / "snakemake.log", "w") as log:
-            for line in engine.stdout:
-                log.write(line)
-                if found := re.match(
-                    r"(?:local)?rule (\w+):|Finished jobid: \d+ \(Rule: (\w+)\)|Error in rule (\w+)", line
-                ):
-                    began, ended, broken = found.groups()
-                    finished += [ended] if ended in todo else []
-                    failed += [broken] if broken in todo and broken not in failed else []
-                    said = f"started {began}" if began else f"finished {ended}" if ended else f"failed {broken}"
-                    minutes = (time.monotonic() - start) / 60
-                    if {began, ended, broken} & set(todo):
-                        click.echo(f"{minutes:6.1f} min  {len(finished)} of {len(todo)}  {said}")
+        for line in engine.stdout:
+            found = EVENT.match(line)
+            if found and (name := found[found.lastindex]) in todo:
+                states[name] = found.lastgroup
+                done = list(states.values()).count("finished")
+                click.echo(
+                    f"{(time.monotonic() - start) / 60:6.1f} min  {done} of {len(todo)}  {found.lastgroup} {name}"
+                )
         engine.wait()
     except KeyboardInterrupt:
         os.killpg(engine.pid, signal.SIGINT)  # the engine and its steps, which end their kernels
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             engine.wait(20)
-        except subprocess.TimeoutExpired:
-            os.killpg(engine.pid, signal.SIGKILL)
         raise NotebookError("stopped; the same command goes on from here") from None
+    finally:
+        if engine.poll() is None:
+            os.killpg(engine.pid, signal.SIGKILL)
     if engine.returncode:
-        raise NotebookError(_what_failed([name for name in failed if name not in finished], finished, todo, folder))
+        raise NotebookError(_what_failed(states, todo, folder))
 
 
-def _what_failed(failed: list[str], finished: list[str], todo: list[str], folder: Path) -> str:
+def _what_failed(states: dict[str, str], todo: list[str], folder: Path) -> str:
+    failed = [name for name in todo if states.get(name) == "failed"]
     lines = [f"{len(failed)} of {len(todo)} steps failed; the same command tries them again"]
     for name in failed:
-        log = (folder / f"{name}.log").read_text() if (folder / f"{name}.log").is_file() else ""
-        error = log.rpartition("apudae: ")[2].strip() if "apudae: " in log else log.strip().rpartition("\n")[2]
-        lines.append(f"- {name}: {error}\n  log {os.path.relpath(folder / f'{name}.log')}")
-    if waiting := [name for name in todo if name not in failed and name not in finished]:
+        log = folder / f"{name}.log"
+        _, mark, error = (log.read_text() if log.is_file() else "").rpartition("apudae: ")
+        lines.append(f"- {name}: {error.strip() if mark else 'killed, or never started'}")
+    if waiting := [name for name in todo if name not in states]:
         lines.append(f"not run, as they come after: {', '.join(waiting)}")
-    return "\n".join([*lines, f"Snakemake's log: {os.path.relpath(folder / 'snakemake.log')}"])
+    return "\n".join([*lines, f"logs: {os.path.relpath(folder)}/<step>.log, Snakemake's in .snakemake/log/ there"])
 
 
 if __name__ == "__main__":
