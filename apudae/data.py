@@ -38,9 +38,6 @@ def _declare_missing_operators() -> torch.library.Library | None:
 
 _fragment = _declare_missing_operators()  # kept alive: the schemas go when it goes
 
-from torchvision.datasets import MNIST, ImageFolder  # noqa: E402
-from torchvision.transforms import v2  # noqa: E402
-
 NAMES = ("mnist5k", "mnist", "folder:PATH")
 SPLITS = ("train", "test", "held_out")
 MNIST5K_SHA256 = "809ec085d551285cf9efad12c42a6aead98c62f96eb9936cc5b778870773e50d"
@@ -109,6 +106,8 @@ def _mnist5k(split: str) -> TensorImages:
 
 
 def _mnist(split: str) -> TensorImages:
+    from torchvision.datasets import MNIST  # here, as it takes a second, which a command line need not wait for
+
     root = data_root() / "mnist"
     try:
         found = MNIST(root, train=split == "train", download=not (root / "MNIST" / "raw").is_dir())
@@ -133,6 +132,8 @@ class FolderImages(Dataset):
     """Image files read from disk when they are asked for; grey only if all are grey."""
 
     def __init__(self, path: Path, split: str, image_size: int | None) -> None:
+        from torchvision.datasets import ImageFolder
+
         if image_size is not None:
             check_at_least(1, image_size=image_size)
         if not path.is_dir():
@@ -162,6 +163,8 @@ class FolderImages(Dataset):
         self.labels = torch.tensor([label for _, label in self.files])
 
     def _examine(self, root: Path, image_size: int | None) -> None:
+        from torchvision.transforms import v2
+
         sizes, modes = set(), set()
         for file, _ in self.files:
             with _opened(file) as image:
