@@ -29,6 +29,8 @@ from .files import RESULTS, ROOT, RUNS, data_root, provenance, written_aside
 
 NOTEBOOKS = ROOT / "notebooks"
 PLOTLY = "application/vnd.plotly.v1+json"
+# on a phone, what is wide scrolls by itself
+NARROW = "<style>.jp-OutputArea-output {overflow-x: auto} .jp-RenderedText pre {white-space: pre}</style>"
 
 
 class NotebookError(RuntimeError):
@@ -148,7 +150,8 @@ def _html(notebook: nbformat.NotebookNode, library: bool | str = True, **options
                 drawn = pio.from_json(json.dumps(output.data[PLOTLY]), skip_invalid=True)
                 output.data = {"text/html": pio.to_html(drawn, include_plotlyjs=library, full_html=False)}
                 library = False
-    return HTMLExporter(**options).from_notebook_node(notebook)[0]
+    notebook.metadata["title"] = notebook.cells[0].source.partition("\n")[0].lstrip("# ")
+    return HTMLExporter(**options).from_notebook_node(notebook)[0].replace("</head>", f"{NARROW}\n</head>", 1)
 
 
 def question(notebook: nbformat.NotebookNode) -> str:
@@ -167,7 +170,7 @@ def write_report(results: Path) -> Path:
     executed = [path for path in sorted(results.parent.glob("*.ipynb")) if ".failed" not in path.suffixes]
     folder, aside = RUNS / "report", RUNS / f".report.{os.getpid()}.partial"
     try:
-        tables = run_notebook("17_results_tables", {"results": str(results.resolve())})
+        tables = run_notebook("17_results_tables", {"results": os.path.relpath(results, ROOT)})
         aside.mkdir(parents=True)
         links = []
         for path in executed or sorted(NOTEBOOKS.glob("*.ipynb")):

@@ -32,6 +32,10 @@ WRITE = """import random
 import time
 from pathlib import Path
 
+from IPython.display import display
+
+display({"application/vnd.plotly.v1+json": {"data": [{"type": "scatter", "y": [1, 2]}], "layout": {}}}, raw=True)
+
 time.sleep(wait)
 folder, path = Path("../data/runs") / run, Path("..") / results
 before = (folder / "seen.txt").read_text() if (folder / "seen.txt").exists() else ""
@@ -54,6 +58,7 @@ def repository(tmp_path_factory):
     (copy / "data").mkdir()
     (copy / "data" / "checkpoints").symlink_to(ROOT / "data" / "checkpoints")
     write(copy, "01_rows", ROWS, WRITE)
+    write(copy, "17_results_tables", READ, 'assert open("../" + results).read().count("\\n") == 3; print("two rows")')
     write(copy, "02_read", READ, 'print(len(open("../" + results).readlines()))')
     return copy
 
@@ -69,16 +74,16 @@ def write(repository, name, parameters, code):
     nbformat.write(new_notebook(cells=cells, metadata=kernel), repository / "notebooks" / f"{name}.ipynb")
 
 
-def start(repository, *words):
+def start(repository, *words, command="sweep"):
     """A launcher in the repository."""
     environment = os.environ | {"PYTHONPATH": str(repository), MARK: str(repository)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen([*APUDAE, "sweep", *words], cwd=repository, env=environment, **pipes)
+    return subprocess.Popen([*APUDAE, command, *words], cwd=repository, env=environment, **pipes)
 
 
-def run(repository, *words):
+def run(repository, *words, command="sweep"):
     """Its exit status and what it said."""
-    with start(repository, *words) as process:
+    with start(repository, *words, command=command) as process:
         try:
             said, _ = process.communicate(timeout=600)
             return process.returncode, said
@@ -252,6 +257,22 @@ def test_sweep_leaves_notebooks_pages_rows_and_tables(undisturbed):
     tables = pd.read_csv(folder / "tables.csv")
     assert tables.purifier.tolist() == ["A", "E"]
     assert not {"seconds", "device", "commit", "command"} & set(tables)
+
+
+def test_report_is_a_folder_of_pages_that_opens_offline(repository, undisturbed):
+    status, said = run(repository, "--results", "data/runs/whole/results.csv", command="report")
+    assert status == 0, said
+    folder = repository / "data" / "runs" / "report"
+    assert os.path.relpath(folder / "index.html", repository) in said
+    pages = {path.name for path in folder.iterdir()}
+    assert {"index.html", "make.html", "use.html", "read.html", "results.csv", "tables.csv", "plotly.min.js"} <= pages
+    index = (folder / "index.html").read_text()
+    assert 'href="make.html"' in index
+    assert "two rows" in index
+    assert "Commit unknown; Python 3" in index
+    assert "torch 2" in index
+    assert 'src="plotly.min.js"' in (folder / "make.html").read_text()
+    assert str(repository) not in index
 
 
 def test_dry_run_says_what_a_change_makes_necessary_and_starts_nothing(repository, undisturbed):
