@@ -20,6 +20,16 @@ from . import (
 from .checkpoints import load_model
 from .dae import recon_error
 from .data import load_dataset
-from .purify import PRESETS, Purifier, PurifyConfig, purify
+from .purify import PRESETS, Purifier, PurifyConfig, purify, trajectory
 
-__all__ = ["PRESETS", "Purifier", "PurifyConfig", "attacks", "load_dataset", "load_model", "purify", "recon_error"]
+__all__ = [
+    "PRESETS",
+    "Purifier",
+    "PurifyConfig",
+    "attacks",
+    "load_dataset",
+    "load_model",
+    "purify",
+    "recon_error",
+    "trajectory",
+]
