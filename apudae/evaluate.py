@@ -147,6 +147,7 @@ def purified_rows(
     attacked: dict[str, Tensor],
     y: Tensor,
     configs: dict[str, PurifyConfig | None],
+    /,
     *,
     parameters: dict[str, dict],
     seed: int = 0,

@@ -65,11 +65,16 @@ def load_tensors(path: Path, advice: str) -> tuple[dict[str, Tensor], dict[str, 
 
 
 def provenance() -> dict[str, str]:
-    """The commit of this checkout (`-dirty` with uncommitted changes) and the command that is running.
+    """The commit of this checkout (`-dirty` with changes outside data/results) and the command that is running.
 
     `apudae run` hands both to the notebook's kernel, as they were when it started.
     """
-    describe = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=10", "--exclude=*", "--dirty"]
-    commit = os.environ.get("APUDAE_COMMIT") or subprocess.run(describe, capture_output=True, text=True).stdout.strip()
+    commit = os.environ.get("APUDAE_COMMIT") or _git("rev-parse", "--short=10", "HEAD")
+    if commit and "APUDAE_COMMIT" not in os.environ and _git("status", "-suno", "--", ".", ":!data/results"):
+        commit += "-dirty"
     command = os.environ.get("APUDAE_COMMAND") or " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
     return {"commit": commit or "unknown", "command": command}
+
+
+def _git(*words: str) -> str:
+    return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True).stdout.strip()

@@ -95,10 +95,10 @@ PRESETS: dict[str, PurifyConfig] = {
     "D": PurifyConfig(step_rule="adam", loss="two_sided"),
     # B on L = max(dist − μ, 0)/σ: an image at or under μ stays untouched
     "E": PurifyConfig(step_rule="adam", loss="hinge"),
-    # E with γ·N(0, I) added before each step
+    # E with γ·N(0, I) added before each step; γ here, f and θ below: chosen on held-out digits (notebooks 14, 15)
     "F": PurifyConfig(step_rule="adam", loss="hinge", noise_std=0.02),
     # E from a resized and rotated start
-    "G": PurifyConfig(step_rule="adam", loss="hinge", resize=1.05, rotation=5.0, random_transform=True),
+    "G": PurifyConfig(step_rule="adam", loss="hinge", resize=1.06, rotation=15.0, random_transform=True),
 }
 
 

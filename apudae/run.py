@@ -131,11 +131,11 @@ def run_notebook(name: str, given: dict[str, Any], target: Path | None = None) -
 
 
 def without_progress(path: Path) -> None:
-    """Drop the traces of progress bars (text with carriage returns on stderr) from an executed notebook."""
+    """Drop the traces of progress bars (text that moves the cursor) from an executed notebook."""
     notebook = nbformat.read(path, as_version=4)
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if "\r" not in output.get("text", "")]
+            cell.outputs = [output for output in cell.outputs if not re.search(r"\r|\x1b\[A", output.get("text", ""))]
     nbformat.write(notebook, path)
 
 
