@@ -5,7 +5,7 @@ ifdef APUDAE_DATA
 export APUDAE_DATA := $(abspath $(APUDAE_DATA))
 endif
 
-.PHONY: demo test lab notebooks format clean
+.PHONY: demo test lab notebooks paper format clean
 demo: .venv/ready  ## attack 200 real digits, purify them, print the table
 	$(BIN)/apudae run 00_quickstart
 
@@ -21,6 +21,10 @@ notebooks: .venv/ready  ## execute every notebook at its default scale, in place
 	for notebook in notebooks/*.ipynb; do \
 	  $(BIN)/apudae run $$notebook && cp data/runs/default/$${notebook#notebooks/} notebooks/ || exit 1; done
 	-$(BIN)/pre-commit run --all-files nbstripout  # fails when it changes a file, as it is meant to
+
+paper: .venv/ready  ## the graph of the whole study, as far as it is not done, then its report; PROFILE=cuda, slurm, …
+	$(BIN)/apudae sweep workflow/config/mnist.yaml --profile $(or $(PROFILE),local)
+	$(BIN)/apudae report --results data/runs/mnist/results.csv
 
 format: .venv/ready  ## format and lint, notebooks too
 	$(BIN)/ruff format .

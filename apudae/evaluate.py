@@ -24,6 +24,7 @@ from .purify import Purifier, PurifyConfig
 # a new row replaces the row that agrees in all of these
 IDENTITY = ["dataset", "split", "n", "classifier", "dae", "attack", "attack_parameters"]
 IDENTITY += ["purifier", "purifier_parameters", "seed", "device"]
+VOLATILE = ["device", "seconds", "commit", "command"]  # columns that may differ between two runs of the same
 
 
 @dataclass(frozen=True)
@@ -235,6 +236,15 @@ def read_results(path: Path) -> pd.DataFrame:
     numbers = dict.fromkeys(whole, int) | dict.fromkeys(real, float)
     table = pd.read_csv(path, keep_default_na=False, dtype=str)
     return table.astype({name: kind for name, kind in numbers.items() if name in table})
+
+
+def merge_results(paths: Iterable[Path], merged: Path, stable: Path) -> None:
+    """Write the rows of `paths`, sorted, to `merged`, and of these the columns in which all runs agree to `stable`."""
+    rows = pd.concat([read_results(path) for path in paths]).sort_values(IDENTITY, kind="stable")
+    rows = rows.drop_duplicates(IDENTITY)  # several notebooks show the undefended classifier
+    for path, table in {merged: rows, stable: rows.drop(columns=VOLATILE).drop_duplicates()}.items():
+        with written_aside(path) as aside:
+            table.to_csv(aside, index=False)
 
 
 class Stopwatch:

@@ -4,10 +4,13 @@ import ast
 import contextlib
 import json
 import os
+import platform
 import re
+import shutil
 import sys
 import tempfile
 import textwrap
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +19,18 @@ import nbformat
 import papermill
 import plotly.io as pio
 import yaml
+from nbclient.exceptions import DeadKernelError
 from nbconvert import HTMLExporter
+from plotly.offline import get_plotlyjs
 from traitlets.config import Config
 
 from .contracts import check_known
-from .files import ROOT, RUNS, data_root, provenance, written_aside
+from .files import RESULTS, ROOT, RUNS, data_root, provenance, written_aside
 
 NOTEBOOKS = ROOT / "notebooks"
 PLOTLY = "application/vnd.plotly.v1+json"
+# on a phone, what is wide scrolls by itself
+NARROW = "<style>.jp-OutputArea-output {overflow-x: auto} .jp-RenderedText pre {white-space: pre}</style>"
 
 
 class NotebookError(RuntimeError):
@@ -71,15 +78,28 @@ def _literal(text: str) -> Any:
     return value
 
 
-def run_notebook(name: str, given: dict[str, Any]) -> Path:
-    """Execute a notebook into data/runs/<run>/, with an HTML copy beside it; return the path of the executed notebook.
+def read_mapping(file: Path) -> dict[str, Any]:
+    """The names and values of a YAML file. ValueError if it is missing, broken or holds something else."""
+    if not file.is_file():
+        raise ValueError(f"{file} is no file; needed: a YAML file, one `name: value` a line")
+    try:
+        read = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is no YAML file: {' '.join(str(error).split())}") from error
+    if not isinstance(read, dict):
+        raise ValueError(f"{file} holds {type(read).__name__}; needed: one `name: value` a line")
+    return read
+
+
+def run_notebook(name: str, given: dict[str, Any], target: Path | None = None) -> Path:
+    """Execute a notebook into `target` (data/runs/<run>/<name>.ipynb), with an HTML copy beside it; return `target`.
 
     It is written aside and moved into place when it has succeeded. A cell that fails raises `NotebookError` and leaves
-    <name>.failed.ipynb to look at.
+    <name>.failed.ipynb to look at; so does a kernel that dies, without it.
     """
     parameters = check_parameters(name, given)
     run = parameters.get("run", declared_parameters(name)["run"][0])
-    target = RUNS / run / f"{name}.ipynb"
+    target = target or RUNS / run / f"{name}.ipynb"
     words = [word for key, value in parameters.items() for word in ("-p", key, str(value))]
     os.environ["APUDAE_COMMIT"] = provenance()["commit"]
     os.environ["APUDAE_COMMAND"] = " ".join(["apudae run", name, *words])
@@ -101,10 +121,12 @@ def run_notebook(name: str, given: dict[str, Any]) -> Path:
             raise NotebookError(
                 f"{name}, cell {error.exec_count}: {error.ename}: {error.evalue}\n  see {failed}"
             ) from error
+        except DeadKernelError as error:
+            raise NotebookError(f"{name}: its kernel died (killed, or out of memory)") from error
         without_progress(aside)
     failed.unlink(missing_ok=True)
     with written_aside(target.with_suffix(".html")) as aside:
-        aside.write_text(_html(target))
+        aside.write_text(_html(nbformat.read(target, as_version=4)))
     return target
 
 
@@ -117,16 +139,64 @@ def without_progress(path: Path) -> None:
     nbformat.write(notebook, path)
 
 
-def _html(path: Path) -> str:
-    """The notebook as one HTML page whose figures stay interactive without a network."""
-    notebook, library = nbformat.read(path, as_version=4), True
+def _html(notebook: nbformat.NotebookNode, library: bool | str = True, **options: Any) -> str:
+    """The notebook as one HTML page whose figures stay interactive without a network.
+
+    `library`: Plotly inside the page (True), or "directory", in plotly.min.js beside it, which many pages can share.
+    """
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             if PLOTLY in output.get("data", {}):
                 drawn = pio.from_json(json.dumps(output.data[PLOTLY]), skip_invalid=True)
                 output.data = {"text/html": pio.to_html(drawn, include_plotlyjs=library, full_html=False)}
                 library = False
-    return HTMLExporter().from_notebook_node(notebook)[0]
+    notebook.metadata["title"] = notebook.cells[0].source.partition("\n")[0].lstrip("# ")
+    return HTMLExporter(**options).from_notebook_node(notebook)[0].replace("</head>", f"{NARROW}\n</head>", 1)
+
+
+def question(notebook: nbformat.NotebookNode) -> str:
+    """The question that a notebook's first cell asks."""
+    lines = notebook.cells[0].source.splitlines()
+    return next((line for line in lines if line.startswith("**Question.**")), "").removeprefix("**Question.** ")
+
+
+def write_report(results: Path) -> Path:
+    """Write data/runs/report/: notebook 17's tables of the rows in `results`, and a page for every executed notebook.
+
+    They are those beside `results`, where a sweep wrote it, and otherwise the committed ones. Returns the first page.
+    """
+    if not results.is_file():
+        raise ValueError(f"{results} is no file; needed: rows of results, as data/results/mnist.csv")
+    executed = [path for path in sorted(results.parent.glob("*.ipynb")) if ".failed" not in path.suffixes]
+    folder, aside = RUNS / "report", RUNS / f".report.{os.getpid()}.partial"
+    try:
+        tables = run_notebook("17_results_tables", {"results": os.path.relpath(results, ROOT)})
+        aside.mkdir(parents=True)
+        links = []
+        for path in executed or sorted(NOTEBOOKS.glob("*.ipynb")):
+            notebook = nbformat.read(path, as_version=4)
+            (aside / f"{path.stem}.html").write_text(_html(notebook, library="directory"))
+            links.append(f"- [{path.stem}]({path.stem}.html) {question(notebook)}")
+        copies = [Path(shutil.copy(path, aside)).name for path in sorted(results.parent.glob("*.csv"))]
+        links += ["", "Rows: " + ", ".join(f"[{name}]({name})" for name in copies)]
+        notebook = nbformat.read(tables, as_version=4)
+        notebook.cells.insert(1, nbformat.v4.new_markdown_cell("\n".join(["## Executed notebooks", "", *links])))
+        notebook.cells.append(nbformat.v4.new_markdown_cell(_environment()))
+        (aside / "index.html").write_text(_html(notebook, library="directory", exclude_input=True))
+        (aside / "plotly.min.js").write_text(get_plotlyjs())
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(aside, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return folder / "index.html"
+
+
+def _environment() -> str:
+    """Commit, machine and versions, in Markdown."""
+    needed = [re.match(r"[\w-]+", line)[0] for line in metadata.requires("apudae") or [] if "extra ==" not in line]
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in needed)
+    machine = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"
+    return f"## Environment\n\nCommit {provenance()['commit']}; {machine}; {versions}."
 
 
 def tagged_text(path: Path, tag: str) -> str:
@@ -147,7 +217,7 @@ def cli() -> None:
 @click.option("-f", "file", type=click.Path(dir_okay=False, path_type=Path), help="Set parameters from a YAML file.")
 def run(notebook: str, pairs: tuple[tuple[str, str], ...], file: Path | None) -> None:
     """Execute NOTEBOOK (its name, such as 00_quickstart) into data/runs/."""
-    given = _read_parameters(file) if file else {}
+    given = read_mapping(file) if file else {}
     target = run_notebook(Path(notebook).stem, given | dict(pairs))
     if table := tagged_text(target, "result"):
         click.echo(f"\n{table}\n")
@@ -155,28 +225,31 @@ def run(notebook: str, pairs: tuple[tuple[str, str], ...], file: Path | None) ->
     click.echo(f"open in a browser  {os.path.relpath(target.with_suffix('.html'))}")
 
 
-def _read_parameters(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise ValueError(f"{file} is no file; needed: a YAML file of parameters, one `name: value` a line")
-    try:
-        read = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is no YAML file: {' '.join(str(error).split())}") from error
-    if not isinstance(read, dict):
-        raise ValueError(f"{file} holds {type(read).__name__}; needed: parameters, one `name: value` a line")
-    return read
+@cli.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option("--profile", default="local", show_default=True, help="Where: a folder of workflow/profiles/.")
+@click.option("--dry-run", is_flag=True, help="Say what would run, and stop.")
+def sweep(config: Path, profile: str, dry_run: bool) -> None:
+    """Run the graph of notebooks of the sweep file CONFIG (workflow/config/mnist.yaml), as far as it is not done."""
+    from .sweep import run_sweep  # which builds on this module
+
+    run_sweep(config, profile, dry_run)
+
+
+@cli.command()
+@click.option("--results", type=click.Path(path_type=Path), default=RESULTS / "mnist.csv", help="CSV file of the rows.")
+def report(results: Path) -> None:
+    """Collect result tables and executed notebooks into a folder of HTML pages that open without a network."""
+    click.echo(f"open in a browser  {os.path.relpath(write_report(results))}")
 
 
 @cli.command()
 def notebooks() -> None:
     """List the notebooks with their question and parameters."""
     for name in notebook_names():
-        first = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4).cells[0].source
-        question = next((line for line in first.splitlines() if line.startswith("**Question.**")), "")
         click.secho(name, bold=True)
-        click.echo(
-            textwrap.fill(question.removeprefix("**Question.** "), 100, initial_indent="  ", subsequent_indent="  ")
-        )
+        asked = question(nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4))
+        click.echo(textwrap.fill(asked, 100, initial_indent="  ", subsequent_indent="  "))
         for key, (default, comment) in declared_parameters(name).items():
             click.echo(f"    {key} = {default!r}  {comment}")
 

@@ -1,0 +1,344 @@
+"""A sweep from its file to its tables, on a copy of the repository whose notebooks take no time."""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+import yaml
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from apudae import sweep
+from apudae.files import ROOT
+
+APUDAE = [sys.executable, "-c", "from apudae.run import main; main()"]
+MARK = "APUDAE_TEST"  # set in the environment of everything that a test starts
+
+ROWS = """dataset: str = "mnist5k"  # a data set
+dae: str = "mnist/dae"  # a checkpoint
+purifier: str = "A"  # a preset
+wait: float = 0.0  # seconds
+fail: bool = False  # break on purpose
+run: str = "default"  # folder below data/runs/
+results: str = ""  # CSV file for the rows"""
+WRITE = """import random
+import time
+from pathlib import Path
+
+from IPython.display import display
+
+display({"application/vnd.plotly.v1+json": {"data": [{"type": "scatter", "y": [1, 2]}], "layout": {}}}, raw=True)
+
+time.sleep(wait)
+folder, path = Path("../data/runs") / run, Path("..") / results
+before = (folder / "seen.txt").read_text() if (folder / "seen.txt").exists() else ""
+names = "dataset,split,n,classifier,dae,attack,attack_parameters,purifier,purifier_parameters,seed,device"
+facts = f"{dataset},test,10,mnist/classifier,{dae},{path.stem},{{}},{purifier},{{}},0,cpu"
+figures = "7,0.7,0.4,0.9"
+seconds = random.random()
+path.write_text(f"{names},correct,accuracy,ci_low,ci_high,seconds,commit,command\\n{facts},{figures},{seconds},c,x\\n")
+assert not fail, "broken on purpose" """
+READ = """results: str = ""  # rows to read
+run: str = "default"  # folder below data/runs/"""
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    """A copy of the repository with two quick notebooks, 01_rows and 02_read, so that nothing is written into ours."""
+    copy = tmp_path_factory.mktemp("repository")
+    for folder in ("apudae", "workflow"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    (copy / "data").mkdir()
+    (copy / "data" / "checkpoints").symlink_to(ROOT / "data" / "checkpoints")
+    write(copy, "01_rows", ROWS, WRITE)
+    write(copy, "17_results_tables", READ, 'assert open("../" + results).read().count("\\n") == 3; print("two rows")')
+    write(copy, "02_read", READ, 'print(len(open("../" + results).readlines()))')
+    return copy
+
+
+def write(repository, name, parameters, code):
+    cells = [
+        new_markdown_cell(f"# {name}\n\n**Question.** Does it run?"),
+        new_code_cell(parameters, metadata={"tags": ["parameters"]}),
+        new_code_cell(code, metadata={"tags": ["result"]}),
+    ]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    (repository / "notebooks").mkdir(exist_ok=True)
+    nbformat.write(new_notebook(cells=cells, metadata=kernel), repository / "notebooks" / f"{name}.ipynb")
+
+
+def start(repository, *words, command="sweep"):
+    """A launcher in the repository."""
+    environment = os.environ | {"PYTHONPATH": str(repository), MARK: str(repository)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([*APUDAE, command, *words], cwd=repository, env=environment, **pipes)
+
+
+def run(repository, *words, command="sweep"):
+    """Its exit status and what it said."""
+    with start(repository, *words, command=command) as process:
+        try:
+            said, _ = process.communicate(timeout=600)
+            return process.returncode, said
+        finally:
+            process.kill()
+
+
+def written(repository, name, **content):
+    path = repository / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return str(path)
+
+
+def started(repository):
+    """Command lines of the living processes that launchers in the repository started, by process number."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            if f"{MARK}={repository}".encode() in (folder / "environ").read_bytes().split(b"\0"):
+                found[int(folder.name)] = (folder / "cmdline").read_bytes().decode()
+    return found
+
+
+# --- what is refused before anything starts ---------------------------------------------------------------------------
+
+STEP = {"notebook": "05_purify_a"}
+REFUSED = {
+    "no steps": ({"parameters": {"n": 5}}, "'steps' is a required property"),
+    "unknown key": ({"steps": {"a": STEP | {"needs": []}}}, "'needs' was unexpected"),
+    "bad name": ({"steps": {"A b": STEP}}, "'A b' does not match"),
+    "name of the merge": ({"steps": {"results": STEP}}, "'results' does not match"),
+    "not a list": ({"steps": {"a": STEP | {"after": "b"}}}, "'b' is not of type 'array'"),
+    "unknown notebook": ({"steps": {"a": {"notebook": "05_purify_z"}}}, "'05_purify_z' is unknown"),
+    "unknown step": ({"steps": {"a": STEP | {"after": ["b"]}}}, "step 'b' is unknown; there is: a, results"),
+    "unknown parameter": ({"steps": {"a": STEP | {"parameters": {"m": 5}}}}, "'m' is unknown"),
+    "unknown general parameter": (
+        {"parameters": {"m": 5}, "steps": {"a": STEP}},
+        "no notebook of its steps has the parameter 'm'",
+    ),
+    "ill-typed": ({"steps": {"a": STEP | {"parameters": {"n": "many"}}}}, "needed: int"),
+    "unknown data set": (
+        {"steps": {"a": {"notebook": "03_attacks", "parameters": {"dataset": "mnist6k"}}}},
+        "data set 'mnist6k' is unknown",
+    ),
+    "missing folder": (
+        {"steps": {"a": {"notebook": "03_attacks", "parameters": {"dataset": "folder:nowhere"}}}},
+        "nowhere is no folder",
+    ),
+    "unknown variant": (
+        {"steps": {"a": {"notebook": "12_ablate_steps", "parameters": {"purifier": "H"}}}},
+        "purifier 'H' is unknown; there is: direct, A",
+    ),
+    "missing checkpoint": ({"steps": {"a": STEP | {"parameters": {"dae": "mnist/none"}}}}, "'mnist/none' is unknown"),
+    "cycle": (
+        {"steps": {"a": STEP | {"after": ["b"]}, "b": STEP | {"after": ["c"]}, "c": STEP | {"after": ["a"]}}},
+        "form a cycle: ",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_sweep_file_is_refused_in_one_sentence(case, tmp_path):
+    content, named = REFUSED[case]
+    path = tmp_path / "bad.yaml"
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match=r"bad\.yaml") as refused:
+        sweep.read_sweep(path)
+    assert named in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["mnist", "test"])
+def test_shipped_sweep_files_are_sound(name):
+    resolved = sweep.read_sweep(ROOT / "workflow" / "config" / f"{name}.yaml")
+    assert resolved["order"][-1] == "tables"
+    assert resolved["order"].index("attacks") < resolved["order"].index("purify_a") < resolved["order"].index("results")
+    assert {step["parameters"]["run"] for step in resolved["steps"].values()} == {name, f"{name}/held_out"}
+    assert "tables" not in resolved["merged"]
+
+
+def test_small_configuration_has_the_keys_of_the_large_one():
+    large, small = (
+        yaml.safe_load((ROOT / "workflow" / "config" / f"{name}.yaml").read_text()) for name in ("mnist", "test")
+    )
+    assert large["parameters"].keys() == small["parameters"].keys()
+    for name, step in small["steps"].items():
+        assert step["notebook"] == large["steps"][name]["notebook"]
+        assert step.get("after") == large["steps"][name].get("after")
+
+
+def test_profiles(monkeypatch):
+    assert sweep.read_profile("local")["executor"] == "local"
+    assert sweep.read_profile("cuda")["config"] == {"device": "cuda", "notebooks_per_gpu": "1"}
+    with pytest.raises(ValueError, match="profile 'cloud' is unknown; there is: cuda, kubernetes, local, slurm"):
+        sweep.read_profile("cloud")
+    monkeypatch.setattr(sweep.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="needs Snakemake's engine for kubernetes, which is not installed"):
+        sweep.read_profile("kubernetes")
+    monkeypatch.setattr(sweep.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(sweep.shutil, "which", lambda name: None)
+    with pytest.raises(ValueError, match="needs slurm, which is not installed here: there is no sbatch"):
+        sweep.read_profile("slurm")
+
+
+def test_command_refuses_with_status_2(repository):
+    sound = written(repository, "sound", steps={"a": {"notebook": "01_rows"}})
+    status, said = run(repository, sound, "--profile", "cloud")
+    assert (status, said.count("\n")) == (2, 1)
+    assert said.startswith("apudae: profile 'cloud' is unknown")
+    status, said = run(repository, "missing.yaml")
+    assert (status, said.count("\n")) == (2, 1)
+    assert not (repository / "data" / "runs").exists()
+
+
+# --- GPUs -------------------------------------------------------------------------------------------------------------
+
+
+def test_gpus_are_handed_out_one_notebook_each(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "RUNS", tmp_path)
+    monkeypatch.setattr(sweep.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    steps = {"steps": {"a": {"gpu": True}}}
+    places = sweep.gpu_places(steps, {"executor": "local", "config": {}})
+    assert places == ["2.0", "5.0"]
+    with sweep.gpu_place(places) as first, sweep.gpu_place(places) as second:
+        assert {first, second} == {"2", "5"}
+        monkeypatch.setattr(sweep.time, "sleep", lambda _: pytest.fail("a third notebook waits"))
+        with pytest.raises(pytest.fail.Exception), sweep.gpu_place(places):
+            pass
+    shared = sweep.gpu_places(steps, {"executor": "local", "config": {"notebooks_per_gpu": "2"}})
+    assert shared == ["2.0", "5.0", "2.1", "5.1"]
+    assert sweep.gpu_places(steps, {"executor": "slurm", "config": {}}) == []
+    monkeypatch.setattr(sweep.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="need a GPU, and there is none here: a"):
+        sweep.gpu_places(steps, {"executor": "local", "config": {}})
+
+
+# --- real graphs ------------------------------------------------------------------------------------------------------
+
+GRAPH = {
+    "make": {"notebook": "01_rows"},
+    "use": {"notebook": "01_rows", "after": ["make"], "parameters": {"wait": 12.0, "purifier": "E"}},
+    "read": {"notebook": "02_read", "after": ["results"]},
+}
+
+
+def graph(name):
+    read = GRAPH["read"] | {"parameters": {"results": f"data/runs/{name}/results.csv"}}
+    return GRAPH | {"read": read}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(repository):
+    """The folder of a sweep that ran from beginning to end, and what it said."""
+    status, said = run(repository, written(repository, "whole", steps=graph("whole")))
+    assert status == 0, said
+    return repository / "data" / "runs" / "whole", said
+
+
+def test_sweep_leaves_notebooks_pages_rows_and_tables(undisturbed):
+    folder, said = undisturbed
+    assert "4 steps, 0 done, 4 to do" in said
+    assert "no estimate" in said
+    assert "4 of 4  finished read" in said
+    files = {path.name for path in folder.iterdir()}
+    for step in ("make", "use", "read"):
+        assert {f"{step}.ipynb", f"{step}.html", f"{step}.benchmark.tsv", f"{step}.log"} <= files
+    assert {"make.csv", "use.csv"} <= files
+    assert not [name for name in files if "partial" in name or "failed" in name]
+    assert pd.read_csv(folder / "results.csv").attack.tolist() == ["make", "use"]
+    tables = pd.read_csv(folder / "tables.csv")
+    assert tables.purifier.tolist() == ["A", "E"]
+    assert not {"seconds", "device", "commit", "command"} & set(tables)
+
+
+def test_report_is_a_folder_of_pages_that_opens_offline(repository, undisturbed):
+    status, said = run(repository, "--results", "data/runs/whole/results.csv", command="report")
+    assert status == 0, said
+    folder = repository / "data" / "runs" / "report"
+    assert os.path.relpath(folder / "index.html", repository) in said
+    pages = {path.name for path in folder.iterdir()}
+    assert {"index.html", "make.html", "use.html", "read.html", "results.csv", "tables.csv", "plotly.min.js"} <= pages
+    index = (folder / "index.html").read_text()
+    assert 'href="make.html"' in index
+    assert "two rows" in index
+    assert re.search(r"Commit [\w-]+; Python 3", index)
+    assert "torch 2" in index
+    assert 'src="plotly.min.js"' in (folder / "make.html").read_text()
+    assert str(repository) not in index
+
+
+def test_dry_run_says_what_a_change_makes_necessary_and_starts_nothing(repository, undisturbed):
+    folder, _ = undisturbed
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("*.ipynb")}
+    status, said = run(repository, written(repository, "whole", steps=graph("whole")), "--dry-run")
+    assert (status, "4 steps, 4 done, 0 to do" in said) == (0, True), said
+    changed = graph("whole") | {"use": GRAPH["use"] | {"parameters": {"purifier": "F"}}}
+    status, said = run(repository, written(repository, "whole", steps=changed), "--dry-run")
+    assert (status, "4 steps, 1 done, 3 to do" in said) == (0, True), said
+    assert "by earlier benchmarks of 2 of them\nuse\nresults\nread\n" in said
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("*.ipynb")} == before
+
+
+def test_failure_is_named_and_the_rest_goes_on(repository):
+    steps = {
+        "breaks": {"notebook": "01_rows", "parameters": {"fail": True}},
+        "waits": {"notebook": "01_rows", "after": ["breaks"]},
+        "stands": {"notebook": "01_rows"},
+    }
+    status, said = run(repository, written(repository, "broken", steps=steps))
+    folder = repository / "data" / "runs" / "broken"
+    assert status == 1
+    assert "1 of 4 steps failed" in said
+    assert "- breaks: 01_rows, cell 2: AssertionError: broken on purpose" in said
+    assert str(folder / "breaks.failed.ipynb") in said
+    assert "not run, as they come after: waits, results" in said
+    assert (folder / "breaks.failed.ipynb").is_file()
+    assert (folder / "stands.csv").is_file()
+    assert not (folder / "breaks.csv").exists(), "nothing that looks finished"
+
+
+def wait_for(condition, seconds=300):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_killed_sweep_leaves_no_orphans_and_goes_on_to_the_same_tables(repository, undisturbed):
+    """Disturbed three times while the second step runs: kill -9 of the launcher, Ctrl-C, kill -9 of the kernel."""
+    config, folder = written(repository, "killed", steps=graph("killed")), repository / "data" / "runs" / "killed"
+    made = None
+    for disturbance in (signal.SIGKILL, signal.SIGINT, None):
+        with start(repository, config) as process:
+            wait_for(lambda: (folder / "make.ipynb").exists() and kernels(repository))
+            made = made or (folder / "make.ipynb").stat().st_mtime_ns
+            if disturbance:
+                refused, said = run(repository, config)
+                assert (refused, said.count("\n")) == (2, 1), said
+                assert "a sweep is running in" in said
+                process.send_signal(disturbance)
+            else:
+                os.kill(kernels(repository)[0], signal.SIGKILL)
+            said, _ = process.communicate(timeout=600)
+            wait_for(lambda: not started(repository), 60)
+        assert process.returncode == {signal.SIGKILL: -9, signal.SIGINT: 1, None: 0}[disturbance], said
+        assert ("goes on from here" in said) == (disturbance == signal.SIGINT)
+    assert "4 steps, 1 done, 3 to do" in said
+    assert "failed use" in said
+    assert "started use" in said.partition("failed use")[2], "tried once more"
+    assert (folder / "make.ipynb").stat().st_mtime_ns == made
+    assert (folder / "tables.csv").read_bytes() == (undisturbed[0] / "tables.csv").read_bytes()
+
+
+def kernels(repository):
+    return [pid for pid, line in started(repository).items() if "ipykernel" in line]
