@@ -255,4 +255,5 @@ def test_help_names_the_commands(monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         run.main()
     assert ended.value.code == 0
-    assert re.search(r"^  notebooks .*\n  run ", capsys.readouterr().out, re.M)
+    names = re.findall(r"^  (\w+)  ", capsys.readouterr().out.split("Commands:")[1], re.M)
+    assert names == ["notebooks", "report", "run", "sweep"]
