@@ -298,7 +298,7 @@ def test_failure_is_named_and_the_rest_goes_on(repository):
     folder = repository / "data" / "runs" / "broken"
     assert status == 1
     assert "1 of 4 steps failed" in said
-    assert "- breaks: 01_rows, cell 2: AssertionError: broken on purpose" in said
+    assert "- breaks: 01_rows, cell 3: AssertionError: broken on purpose" in said  # 2 holds the parameters given
     assert str(folder / "breaks.failed.ipynb") in said
     assert "not run, as they come after: waits, results" in said
     assert (folder / "breaks.failed.ipynb").is_file()
