@@ -28,12 +28,7 @@ def autoattack(
     Images that no attack fools come back unchanged. The global random state of torch is as before.
     """
     check_known("version", version, VERSIONS)
-    x = check_attack(model, x, y, epsilon=epsilon)
-    with torch.no_grad(), frozen(model):
-        classes = model(x[:1]).shape[1]
-    if classes < 4:
-        raise ValueError(f"the model has {classes} classes; AutoAttack's difference-of-logits ratio needs at least 4")
-    return _run(model, x, y, epsilon, seed, targets=min(9, classes - 1), version=version)
+    return _run(model, x, y, epsilon, seed, version=version)
 
 
 def square(
@@ -57,10 +52,13 @@ def _run(
     epsilon: float,
     seed: int | torch.Generator,
     queries: int = 5000,
-    targets: int = 9,
     **choice: Any,
 ) -> Tensor:
     x = check_attack(model, x, y, epsilon=epsilon)
+    with torch.no_grad(), frozen(model):
+        classes = model(x[:1]).shape[1]
+    if classes < 4 and choice["version"] in VERSIONS:
+        raise ValueError(f"the model has {classes} classes; AutoAttack's difference-of-logits ratio needs at least 4")
     drawn = int(torch.randint(2**31, (1,), generator=as_generator(seed)))
     if epsilon == 0:
         return x.clone()
@@ -68,6 +66,6 @@ def _run(
         attack = AutoAttack(model, eps=epsilon, seed=drawn, device=x.device, **choice)
         attack.logger.setLevel(logging.WARNING)
         attack.square.n_queries = queries
-        attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = targets
+        attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = min(9, classes - 1)
         adversarial, _ = attack.run_standard_evaluation(x, y, batch_size=len(x))
     return project(adversarial, x, epsilon)

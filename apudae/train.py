@@ -99,10 +99,10 @@ def fit(
 ) -> list[dict[str, float]]:
     """Minimise `loss(model, x, y, generator)` over shuffled batches of `dataset`; the model ends in eval mode.
 
-    With `run_dir`, weights and optimiser are kept every `save_every` steps (by default a twentieth).
-    A killed run goes on from there to
-    the result it would have had: batches and noise of a step depend on seed and step alone. A `run_dir` that belongs
-    to another recipe, model, data set size or loss (`about`) is a ValueError. CUDA: bfloat16 autocast, channels-last.
+    With `run_dir`, weights and optimiser are kept every `save_every` steps (by default a twentieth, at most 200). A
+    killed run goes on from there to the result it would have had: batches and noise of a step depend on seed and step
+    alone. A `run_dir` that belongs to another recipe, model, data set size or loss (`about`) is a ValueError. CUDA:
+    bfloat16 autocast, channels-last.
     """
     device = torch.device(device)
     save_every = save_every or max(1, min(200, recipe.steps // 20))
