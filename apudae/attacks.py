@@ -45,6 +45,11 @@ def _paper(epsilon: float, step_size: float) -> dict[str, dict[str, float | str]
 PAPER = {"mnist": _paper(0.1, 0.01), "cifar10": _paper(8 / 255, 1 / 255)}
 
 
+def family(dataset: str) -> str:
+    """Whose parameters in `PAPER` attacks on a data set have: by the start of its name; "mnist" for any other."""
+    return next((name for name in PAPER if dataset.startswith(name)), "mnist")
+
+
 def random(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float, seed: int | torch.Generator = 0) -> Tensor:
     """Uniform noise in [−epsilon, epsilon] (Eq. 5), clipped to [0, 1]."""
     x = check_attack(model, x, y, epsilon=epsilon)

@@ -19,11 +19,15 @@ from .files import RUNS, digest, load_tensors, save_tensors
 from .purify import Purifier, PurifyConfig, resolve_config
 from .tables import Accuracy as Accuracy  # these names as they stand: notebooks find all of measuring here
 from .tables import Stopwatch as Stopwatch
+from .tables import knowing_table as knowing_table
+from .tables import main_table as main_table
+from .tables import of_study as of_study
 from .tables import pivot as pivot
 from .tables import published as published
 from .tables import read_results as read_results
 from .tables import record as record
 from .tables import result_row as result_row
+from .tables import with_interval as with_interval
 
 
 def accuracy(model: nn.Module, x: Tensor, y: Tensor, batch_size: int = 512) -> Accuracy:
