@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, Subset
 
 from .contracts import check_at_least, check_known
 from .files import data_root
-from .photographs import IMAGE_SIZE, Photographs, image_files, imagenet, landscapes, opened, read
+from .photographs import IMAGE_SIZE, Photographs, examples, image_files, imagenet, landscapes, opened, read
 
 
 def _declare_missing_operators() -> torch.library.Library | None:
@@ -45,6 +45,7 @@ _fragment = _declare_missing_operators()  # kept alive: the schemas go when it g
 PHOTOGRAPHS = {  # folders below APUDAE_DATA/NAME
     "imagenet": {"train": "train", "test": "val"},
     "imagenet-sample": {"test": ""},
+    "photographs": {"test": ""},
     "bsds500": {"train": "train", "held_out": "val", "test": "test"},
 }
 NAMES = ("mnist5k", "mnist", "cifar10", "cifar10-jpeg", "folder:PATH", *PHOTOGRAPHS)
@@ -89,8 +90,8 @@ def load_dataset(
       a class, named by its WordNet id; read from disk as it is needed, 224 pixels square or `image_size`
       (`photographs`). With `skip_broken`, every file is read once at the start and what cannot be read is left out.
     - "imagenet-sample": the same from imagenet-sample/, where the class folders lie directly: "test" alone.
-    - "bsds500": photographs of 481×321 pixels, upright ones turned, in memory; "held_out" is its val/, cut to the
-      224 pixels of ImageNet's. One class.
+    - "photographs": four that come with scikit-learn and scikit-image, labelled as ImageNet's: "test" alone.
+    - "bsds500": photographs of 481×321 pixels, upright ones turned; "held_out" is its val/, cut as ImageNet's.
 
     The split "held_out" is the part of train that no weight is fitted on (`hold_out`): calibrate and choose there.
 
@@ -133,6 +134,8 @@ def training_parts(name: str, image_size: int | None = None) -> tuple[Dataset, D
 
 
 def _photographs(name: str, split: str, size: int, skip_broken: bool) -> Dataset:
+    if name == "photographs":
+        return examples(size)
     folder = data_root() / name / PHOTOGRAPHS[name][split]
     if name != "bsds500":
         return imagenet(folder, size, skip_broken)

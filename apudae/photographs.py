@@ -1,4 +1,4 @@
-"""Photographs on disk: ImageNet's class folders, read file by file when asked for, and BSDS500."""
+"""Photographs on disk: ImageNet's class folders, read file by file when asked for, BSDS500, and four to look at."""
 
 import os
 import warnings
@@ -17,6 +17,12 @@ from .contracts import check_at_least, imported
 
 IMAGE_SIZE = 224  # of the networks for ImageNet
 SMALLEST = 8  # pixels of a side: less is no photograph
+EXAMPLES = {  # and what they show, as ImageNet numbers it
+    "sklearn/datasets/images/china.jpg": 698,
+    "skimage/data/chelsea.png": 282,
+    "skimage/data/coffee.png": 967,
+    "skimage/data/camera.png": 872,
+}
 ENDINGS = (".jpeg", ".jpg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
@@ -87,6 +93,14 @@ def imagenet(folder: Path, size: int = IMAGE_SIZE, skip_broken: bool = False) ->
         raise ValueError(f"{folder} has no photographs in class folders; {needed}")
     photographs = Photographs(files, names, size)
     return photographs.without_broken() if skip_broken else photographs
+
+
+def examples(size: int = IMAGE_SIZE) -> Photographs:
+    """Four photographs that scikit-learn and scikit-image carry, with ImageNet's labels: nothing to download."""
+    _, names = imagenet_classes()
+    packages = {place: imported(place.split("/")[0], "the data set photographs") for place in EXAMPLES}
+    files = [(Path(packages[place].__file__).parents[1] / place, label) for place, label in EXAMPLES.items()]
+    return Photographs(files, names, size)
 
 
 @cache

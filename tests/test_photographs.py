@@ -169,6 +169,15 @@ def test_sample_has_one_photograph_of_each_class():
     assert torch.equal(dataset[int(y[0])][0], x[0])
 
 
+def test_four_photographs_come_with_the_packages(monkeypatch):
+    dataset = load_dataset("photographs", "test")
+    x, y = data.stack(dataset)
+    assert (x.shape, y.tolist()) == ((4, 3, 224, 224), [698, 282, 967, 872])
+    monkeypatch.setitem(sys.modules, "skimage", None)
+    with pytest.raises(ValueError, match="the data set photographs needs the package skimage"):
+        load_dataset("photographs", "test")
+
+
 # --- BSDS500 ----------------------------------------------------------------------------------------------------------
 
 
