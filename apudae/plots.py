@@ -58,7 +58,7 @@ def _encoded(image: Tensor) -> str:
     factor = max(1, 112 // picture.height)  # digits are drawn larger, each pixel as a square
     picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
     buffer, kind = io.BytesIO(), "PNG" if picture.height <= 128 else "JPEG"  # photographs would fill the notebook
-    picture.save(buffer, kind, **({"quality": 90, "subsampling": 0} if kind == "JPEG" else {}))
+    picture.save(buffer, kind, **({"quality": 80} if kind == "JPEG" else {}))
     return f"data:image/{kind.lower()};base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
