@@ -104,7 +104,7 @@ def load_dataset(
     if split in PHOTOGRAPHS.get(name, []):
         return _photographs(name, split, image_size or IMAGE_SIZE, skip_broken)
     if split == "held_out":
-        return training_parts(name, image_size)[1]
+        return training_parts(name, image_size, skip_broken)[1]
     if name in PHOTOGRAPHS:
         raise ValueError(f"{name} has no split {split!r}; there is: {', '.join(PHOTOGRAPHS[name])}")
     if name == "mnist5k":
@@ -120,9 +120,9 @@ def load_dataset(
     raise ValueError(f"data set {name!r} is unknown; there is: {', '.join(NAMES)}")
 
 
-def training_parts(name: str, image_size: int | None = None) -> tuple[Dataset, Dataset]:
+def training_parts(name: str, image_size: int | None = None, skip_broken: bool = False) -> tuple[Dataset, Dataset]:
     """The training images that weights are fitted on, and those held out: the split "held_out"."""
-    whole = load_dataset(name, "train", image_size)
+    whole = load_dataset(name, "train", image_size, skip_broken)
     if name == "bsds500":
         return whole, load_dataset(name, "held_out", image_size)
     parts = []
