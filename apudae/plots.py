@@ -44,7 +44,7 @@ def image_strip(columns: dict[str, Tensor], captions: dict[str, list[str]], titl
     figure = make_subplots(rows, len(columns), column_titles=list(columns), **gap)
     for column, (heading, images) in enumerate(columns.items(), start=1):
         for row, image in enumerate(images, start=1):
-            figure.add_trace(go.Image(source=_png(image), hoverinfo="skip"), row, column)
+            figure.add_trace(go.Image(source=_encoded(image), hoverinfo="skip"), row, column)
             text = captions.get(heading, [""] * rows)[row - 1]
             figure.update_xaxes(title={"text": text, "standoff": 2, "font_size": 13}, row=row, col=column)
     figure.update_xaxes(showticklabels=False, showgrid=False, zeroline=False)
@@ -52,13 +52,14 @@ def image_strip(columns: dict[str, Tensor], captions: dict[str, list[str]], titl
     return figure.update_layout(title=title, width=110 * len(columns) + 90, height=130 * rows + 130, margin_t=80)
 
 
-def _png(image: Tensor) -> str:
+def _encoded(image: Tensor) -> str:
     bytes_ = (image.detach().cpu().clamp(0, 1) * 255).round().byte().movedim(0, -1).numpy()
     picture = Image.fromarray(np.repeat(bytes_, 3, 2) if bytes_.shape[2] == 1 else bytes_)
     factor = max(1, 112 // picture.height)  # digits are drawn larger, each pixel as a square
-    buffer = io.BytesIO()
-    picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST).save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    buffer, kind = io.BytesIO(), "PNG" if picture.height <= 128 else "JPEG"  # photographs would fill the notebook
+    picture.save(buffer, kind, **({"quality": 80} if kind == "JPEG" else {}))
+    return f"data:image/{kind.lower()};base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def accuracy_bars(rows: pd.DataFrame, title: str) -> go.Figure:

@@ -1,8 +1,8 @@
 """Purification (section 2.3): a few gradient steps on the *image* that lower its reconstruction error (Eq. 2)."""
 
 import math
-import warnings
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -17,6 +17,7 @@ from .parts import (
     StraightThrough,
     affine_matrices,
     clipped,
+    in_halves,
     per_image,
     resampled,
     smooth_sign,
@@ -199,16 +200,8 @@ class Purifier(nn.Module):
 
     def _fitting(self, x: Tensor) -> Tensor:
         """`_purified` without gradients; a batch that is too large for the memory is halved and tried again."""
-        state = self.generator.get_state()
-        try:
-            return self._purified(x, exact=False)
-        except RuntimeError as error:  # the CPU's has no class of its own
-            short = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
-            if not short or len(x) == 1 or self.record is not None:
-                raise
-        warnings.warn(f"a batch of {len(x)} images does not fit into memory: trying its halves", stacklevel=4)
-        self.generator.set_state(state)
-        return torch.cat([self._fitting(half) for half in x.split((len(x) + 1) // 2)])
+        purified = partial(self._purified, exact=False)
+        return purified(x) if self.record is not None else in_halves(purified, x, generator=self.generator)
 
     def _purified(self, x: Tensor, *, exact: bool) -> Tensor:
         """X_pur,0 … X_pur,n of Eq. 2."""

@@ -4,7 +4,7 @@ import json
 import math
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import pandas as pd
@@ -16,17 +16,18 @@ from .files import RESULTS, locked, provenance, written_aside
 from .purify import PRESETS, PurifyConfig
 
 # a new row replaces the row that agrees in all of these
-IDENTITY = ["dataset", "split", "n", "classifier", "dae", "attack", "attack_parameters"]
+IDENTITY = ["dataset", "split", "n", "metric", "classifier", "dae", "attack", "attack_parameters"]
 IDENTITY += ["purifier", "purifier_parameters", "seed", "device"]
 VOLATILE = ["device", "seconds", "commit", "command"]  # columns that may differ between two runs of the same
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """`correct` of `n` images, with the 95 % Wilson score interval."""
+    """`correct` of `n` images, with the 95 % Wilson score interval; `others`: the same by other metrics, by name."""
 
     correct: int
     n: int
+    others: dict[str, "Accuracy"] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def value(self) -> float:
@@ -60,12 +61,15 @@ def result_row(
     device: str = "cpu",
     seconds: float = 0.0,
 ) -> dict:
-    """One row of results: what was measured on what, how well, how long, where and by which command."""
-    low, high = measured.interval
-    return {
+    """One row of results: what was measured on what, how well, how long, where and by which command.
+
+    "others" are the figures by other metrics than top-1, if there are any: `record` makes rows of them.
+    """
+    row = {
         "dataset": dataset,
         "split": split,
         "n": measured.n,
+        "metric": "top-1",
         "classifier": classifier,
         "dae": dae,
         "attack": attack,
@@ -74,13 +78,17 @@ def result_row(
         "purifier_parameters": json.dumps(asdict(purifier_config) if purifier_config else {}, sort_keys=True),
         "seed": seed,
         "device": device_name(device),
-        "correct": measured.correct,
-        "accuracy": round(measured.value, 5),
-        "ci_low": round(low, 5),
-        "ci_high": round(high, 5),
+        **_figures(measured),
         "seconds": round(seconds, 2),
         **provenance(),
     }
+    return row | {"others": measured.others} if measured.others else row
+
+
+def _figures(measured: Accuracy) -> dict:
+    low, high = (round(end, 5) for end in measured.interval)
+    accuracy = round(measured.value, 5)
+    return {"n": measured.n, "correct": measured.correct, "accuracy": accuracy, "ci_low": low, "ci_high": high}
 
 
 def _without_infinity(parameters: dict) -> dict:
@@ -107,10 +115,16 @@ class Stopwatch:
 
 
 def record(path: Path, rows: Iterable[dict]) -> pd.DataFrame:
-    """Add `rows` to the CSV file `path`; a row replaces one of the same identity. Safe beside other writers."""
-    new = pd.DataFrame(list(rows)).astype(str)
+    """Add `rows` to the CSV file `path`; a row replaces one of the same identity. Safe beside other writers.
+
+    The last rows of the table that it returns are `rows`, by top-1; before them stand those by their other metrics.
+    """
+    rows = [dict(row) for row in rows]
+    others = [(row, row.pop("others", {})) for row in rows]
+    others = [row | _figures(found) | {"metric": metric} for row, more in others for metric, found in more.items()]
+    new = pd.DataFrame([*others, *rows]).astype(str)
     with locked(path), written_aside(path) as aside:
-        kept = [pd.read_csv(path, keep_default_na=False, dtype=str)] if path.is_file() else []
+        kept = [_read(path)] if path.is_file() else []
         table = pd.concat([*kept, new], ignore_index=True).drop_duplicates(IDENTITY, keep="last")
         table.to_csv(aside, index=False)
     return read_results(path)
@@ -120,8 +134,13 @@ def read_results(path: Path) -> pd.DataFrame:
     """The rows of a results file; only its figures are numbers (a commit such as 12345678e9 stays text)."""
     whole, real = ["n", "seed", "correct"], ["accuracy", "ci_low", "ci_high", "seconds"]
     numbers = dict.fromkeys(whole, int) | dict.fromkeys(real, float)
-    table = pd.read_csv(path, keep_default_na=False, dtype=str)
+    table = _read(path)
     return table.astype({name: kind for name, kind in numbers.items() if name in table})
+
+
+def _read(path: Path) -> pd.DataFrame:
+    table = pd.read_csv(path, keep_default_na=False, dtype=str)
+    return table if "metric" in table else table.assign(metric="top-1")  # files of before there were others
 
 
 def published(dataset: str) -> pd.DataFrame:
@@ -162,12 +181,15 @@ def _of_ladder(rows: pd.DataFrame) -> pd.Series:
     return rows.attack_parameters.str.contains('"after"|"rungs"')
 
 
-def of_study(rows: pd.DataFrame, classifier: str, dae: str, steps: list[int], step_size: float) -> pd.DataFrame:
+def of_study(
+    rows: pd.DataFrame, classifier: str, dae: str, steps: list[int], step_size: float, metric: str = "top-1"
+) -> pd.DataFrame:
     """The rows on test images of a classifier, undefended or behind an autoencoder with these n and this α.
 
     Of several `steps`, purifiers with all but the first name theirs, such as "A (n = 12)". Fewest images first.
     """
-    rows = rows[(rows.split == "test") & (rows.classifier == classifier) & rows.dae.isin([dae, ""])]
+    rows = rows[(rows.split == "test") & (rows.metric == metric) & (rows.classifier == classifier)]
+    rows = rows[rows.dae.isin([dae, ""])]
     config = pd.DataFrame(map(json.loads, rows.purifier_parameters), rows.index, ["steps", "step_size"])
     plain = rows.purifier.isin(["none", "direct"])  # these have neither n nor α
     wanted = plain | config.steps.isin(steps) & (config.step_size - step_size).abs().lt(1e-9)
@@ -182,7 +204,7 @@ def main_table(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     The paper's columns stand beside ours.
     """
     rows = rows[~_of_ladder(rows)].drop_duplicates(["attack", "purifier"], keep="last")
-    paper, every = published("".join(rows.dataset.head(1))), ["clean", *PAPER["mnist"], "counter_attack_a"]
+    paper, every = published("".join(rows.dataset.head(1))), ["clean", *PAPER["imagenet"], "counter_attack_a"]
     rows = rows[rows.attack.isin(every)]
     attacks, order = [name for name in every if name in set(rows.attack)], ["none", *PRESETS]
     purifiers = sorted(rows.purifier.unique(), key=lambda name: (order.index(name.split()[0]), name))

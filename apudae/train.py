@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from .attacks import iterate
 from .contracts import check_at_least, check_whole, frozen
 from .files import keep_training, restore_training
+from .photographs import readers
 from .processes import average, drawn, place, share_statistics
 
 Loss = Callable[[nn.Module, Tensor, Tensor, torch.Generator], Tensor]
@@ -55,26 +56,31 @@ def train_dae(
     noise_std_min: float = 0.0,
     shift: int = 0,
     flip: bool = False,
+    patch: int = 0,
     run_dir: Path | None = None,
     device: str | torch.device = "cpu",
 ) -> list[dict[str, float]]:
     """Train on Eq. 1: mse(DAE(x + σ·noise), x), σ ~ U[noise_std_min, noise_std_max] drawn for each image.
 
     Images are never clipped after the noise, as in the equation. `shift` and `flip` are those of `train_classifier`.
+    With `patch`, x is a random square of so many pixels of each image, turned by 0 to 3 quarters.
     Returns the curve: step and mean loss since the last.
     """
-    check_whole(0, shift=shift)
+    check_whole(0, shift=shift, patch=patch)
+    if patch > min(dataset[0][0].shape[1:]):
+        raise ValueError(f"patch is {patch}; needed: at most the images' sides, {tuple(dataset[0][0].shape[1:])}")
     check_at_least(0, noise_std_min=noise_std_min)
     check_at_least(noise_std_min, noise_std_max=noise_std_max)
 
     def loss(model: nn.Module, x: Tensor, _: Tensor, generator: torch.Generator) -> Tensor:
-        x = _augmented(x, shift, flip, generator)
+        x = _augmented(_patches(x, patch, generator) if patch else x, shift, flip, generator)
         share = drawn(torch.rand, (len(x), 1, 1, 1), generator)
         noise_std = noise_std_min + (noise_std_max - noise_std_min) * share
         noise = drawn(torch.randn, x.shape, generator)
         return F.mse_loss(model(x + noise_std * noise), x)
 
     about = {"noise_std_max": noise_std_max, "noise_std_min": noise_std_min, "shift": shift, "flip": flip}
+    about |= {"patch": patch} if patch else {}
     return fit(dae, loss, dataset, recipe, run_dir=run_dir, device=device, about=about)
 
 
@@ -146,11 +152,25 @@ def train_adversarial(
 def _shifted(x: Tensor, shift: int, generator: torch.Generator) -> Tensor:
     if shift == 0:
         return x
-    down, right = (drawn(partial(torch.randint, 0, 2 * shift + 1), (len(x), 1), generator) for _ in range(2))
-    rows = (down + torch.arange(x.shape[2], device=x.device))[:, :, None]
-    columns = (right + torch.arange(x.shape[3], device=x.device))[:, None, :]
+    return _cut(F.pad(x, (shift,) * 4), *x.shape[2:], generator)
+
+
+def _patches(x: Tensor, patch: int, generator: torch.Generator) -> Tensor:
+    """A random square of each image, turned by a random number of quarters."""
+    x = _cut(x, patch, patch, generator)
+    quarters = drawn(partial(torch.randint, 0, 4), (len(x),), generator)
+    turned = torch.stack([x.rot90(quarter, (2, 3)) for quarter in range(4)])
+    return turned[quarters, torch.arange(len(x), device=x.device)]
+
+
+def _cut(x: Tensor, height: int, width: int, generator: torch.Generator) -> Tensor:
+    """A random part of `height` by `width` pixels of each image."""
+    spare = x.shape[2] - height, x.shape[3] - width
+    down, right = (drawn(partial(torch.randint, 0, most + 1), (len(x), 1), generator) for most in spare)
+    rows = (down + torch.arange(height, device=x.device))[:, :, None]
+    columns = (right + torch.arange(width, device=x.device))[:, None, :]
     image = torch.arange(len(x), device=x.device)[:, None, None]
-    return F.pad(x, (shift,) * 4)[image, :, rows, columns].movedim(-1, 1)
+    return x[image, :, rows, columns].movedim(-1, 1)
 
 
 def fit(
@@ -186,7 +206,7 @@ def fit(
     identity = {"recipe": asdict(recipe), "about": about, "images": len(dataset), "model": model.architecture}
     state = None if run_dir is None else Path(run_dir) / "state.safetensors"
     start, curve = restore_training(state, networks, optimizer, identity)
-    batches = DataLoader(dataset, batch_sampler=Batches(len(dataset), recipe, start), collate_fn=default_collate)
+    batches = DataLoader(dataset, batch_sampler=Batches(len(dataset), recipe, start), num_workers=readers(dataset))
     progress = tqdm(batches, initial=start, total=recipe.steps, desc="train", delay=2, leave=False, disable=rank > 0)
     total = torch.zeros((), device=device)
     for step, (x, y) in enumerate(progress, start=start):

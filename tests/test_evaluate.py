@@ -11,7 +11,7 @@ from conftest import images, linear_classifier
 from apudae import PRESETS, attacks, evaluate
 from apudae.evaluate import Accuracy, accuracy, in_batches, predict, record, result_row, run_attack
 from apudae.files import save_tensors
-from apudae.tables import IDENTITY
+from apudae.tables import IDENTITY, merge_results
 
 
 @pytest.fixture(autouse=True)
@@ -91,6 +91,114 @@ def test_run_attack_goes_on_drawing_from_batch_to_batch():
     assert torch.equal(run_attack("clean", model, x, y), x)
     with pytest.raises(ValueError, match=r"'pdg' is unknown; there is: random, fgsm"):
         run_attack("pdg", model, x, y, epsilon=0.1)
+
+
+# --- many classes, large images ---------------------------------------------------------------------------------------
+
+
+class Ranked(torch.nn.Module):
+    """100 classes; class k has the logit −|k − the first pixel|, so that classes near it are the likeliest."""
+
+    def forward(self, x):
+        return -(torch.arange(100.0) - 100 * x[:, 0, 0, 0, None]).abs()
+
+
+def shades(*classes):
+    return (torch.tensor(classes) + 0.1).view(-1, 1, 1, 1) / 100
+
+
+def test_of_many_classes_the_best_five_and_ten_count_too():
+    y = torch.tensor([50, 50, 50, 50])
+    found = accuracy(Ranked(), shades(50, 52, 54, 70), y)
+    assert (found.correct, found.n) == (1, 4)
+    assert {name: (other.correct, other.n) for name, other in found.others.items()} == {
+        "top-5": (2, 4),
+        "top-10": (3, 4),
+    }
+
+
+def test_images_that_were_wrong_at_first_can_be_left_out():
+    y = torch.tensor([50, 50, 50, 50])
+    found = accuracy(Ranked(), shades(50, 52, 50, 50), y, clean=shades(50, 50, 52, 70)).others
+    right = {name: (other.correct, other.n) for name, other in found.items() if "right" in name}
+    assert right == {"top-1 of right": (1, 2), "top-5 of right": (3, 3), "top-10 of right": (3, 3)}
+    none = accuracy(Ranked(), shades(50), y[:1], clean=shades(70)).others
+    assert list(none) == ["top-5", "top-10"]
+
+
+def test_few_classes_have_one_metric(classifier, digits):
+    assert accuracy(classifier, *digits, clean=digits[0]).others == {}
+
+
+def test_record_makes_a_row_of_each_metric(tmp_path):
+    measured = accuracy(Ranked(), shades(50, 52, 54, 70), torch.full((4,), 50), clean=shades(50, 50, 50, 70))
+    facts = {"dataset": "shades", "classifier": "ranked", "attack": "pgd", "attack_parameters": {}}
+    rows = [result_row(measured, seed=seed, **facts) for seed in (1, 2)]
+    table = record(tmp_path / "it.csv", rows)
+    assert len(table) == 12
+    assert table.tail(2).metric.tolist() == ["top-1", "top-1"], "notebooks show the last rows"
+    assert table.tail(2).accuracy.tolist() == [0.25, 0.25]
+    found = table[table.seed == 2].set_index("metric")
+    assert (found.correct["top-10"], found.n["top-10"]) == (3, 4)
+    assert (found.correct["top-10 of right"], found.n["top-10 of right"]) == (3, 3)
+    assert found.accuracy["top-10 of right"] == 1
+    assert "others" not in table
+    assert len(record(tmp_path / "it.csv", rows)) == 12, "they replace themselves"
+
+
+def test_files_without_metrics_are_read_and_merged(tmp_path):
+    record(tmp_path / "old.csv", [row(1, seed=1), row(2, seed=2)])
+    old = pd.read_csv(tmp_path / "old.csv", dtype=str).drop(columns="metric")
+    old.to_csv(tmp_path / "old.csv", index=False)
+    assert evaluate.read_results(tmp_path / "old.csv").metric.tolist() == ["top-1", "top-1"]
+    table = record(tmp_path / "old.csv", [row(3, seed=2)])
+    assert table.correct.tolist() == [1, 3], "the former row of the same identity is replaced"
+    old.to_csv(tmp_path / "old.csv", index=False)
+    record(tmp_path / "new.csv", [row(4, seed=2)])
+    merge_results([tmp_path / "old.csv", tmp_path / "new.csv"], tmp_path / "all.csv", tmp_path / "stable.csv")
+    assert evaluate.read_results(tmp_path / "all.csv").correct.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(("shape", "largest"), [((1, 28, 28), 256), ((3, 224, 224), 5), ((3, 600, 600), 1)])
+def test_batches_of_large_images_are_small(shape, largest):
+    sizes = []
+    x = torch.zeros(300 if largest == 256 else 7, *shape)
+    in_batches(lambda batch: sizes.append(len(batch)) or batch[:, 0, 0, 0], x)
+    assert max(sizes) == largest
+    assert sum(sizes) == len(x)
+
+
+def test_batch_that_does_not_fit_is_halved_and_its_noise_stays():
+    generator, sizes = torch.Generator(), []
+
+    def noisy(batch, fits):
+        sizes.append(len(batch))
+        drawn = batch + torch.rand(batch.shape, generator=generator)
+        if len(batch) > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return drawn
+
+    x = torch.zeros(8, 1, 4, 4)
+    found = []
+    for fits in (4, 9):
+        generator.manual_seed(5)
+        halved = functools.partial(noisy, fits=fits)
+        if fits == 4:
+            with pytest.warns(UserWarning, match="a batch of 8 images does not fit"):
+                found.append(in_batches(halved, x, generator=generator))
+        else:
+            found.append(in_batches(halved, x[:4], generator=generator))
+    assert sizes == [8, 4, 4, 4]
+    assert torch.equal(found[0][:4], found[1])
+    with pytest.raises(torch.OutOfMemoryError):
+        in_batches(functools.partial(noisy, fits=0), x[:1], generator=generator)
+
+
+def test_table_2s_budgets_have_names_of_their_own():
+    model, x, y = linear_classifier(12), images(2, 3, 2, 2), torch.zeros(2).long()
+    for name, size in {"bim_5": 5, "bim_25": 25, "bim": 8}.items():
+        found = run_attack(name, model, x, y, **attacks.PAPER["imagenet"][name])
+        assert 0.9 * size / 255 < (found - x).abs().max() <= size / 255 + 1e-6
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
