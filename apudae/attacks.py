@@ -47,6 +47,11 @@ PAPER = {"mnist": _paper(0.1, 0.01), "cifar10": _paper(8 / 255, 1 / 255), "image
 PAPER["imagenet"] |= {f"bim_{size}": {"epsilon": size / 255, "step_size": 1 / 255} for size in (5, 25)}
 
 
+def family(dataset: str) -> str:
+    """Whose parameters in `PAPER` attacks on a data set have: by the start of its name; "mnist" for any other."""
+    return next((name for name in PAPER if dataset.startswith(name)), "mnist")
+
+
 def random(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float, seed: int | torch.Generator = 0) -> Tensor:
     """Uniform noise in [−epsilon, epsilon] (Eq. 5), clipped to [0, 1]."""
     x = check_attack(model, x, y, epsilon=epsilon)

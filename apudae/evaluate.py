@@ -20,11 +20,15 @@ from .parts import in_halves
 from .purify import Purifier, PurifyConfig, resolve_config
 from .tables import Accuracy as Accuracy  # these names as they stand: notebooks find all of measuring here
 from .tables import Stopwatch as Stopwatch
+from .tables import knowing_table as knowing_table
+from .tables import main_table as main_table
+from .tables import of_study as of_study
 from .tables import pivot as pivot
 from .tables import published as published
 from .tables import read_results as read_results
 from .tables import record as record
 from .tables import result_row as result_row
+from .tables import with_interval as with_interval
 
 MANY_CLASSES, BEST = 100, (5, 10)  # from so many classes on, top-5 and top-10 are counted too
 PIXELS = {"cpu": 2**18, "cuda": 2**22}  # of a batch at most: 5 and 83 images of 224×224

@@ -87,6 +87,23 @@ def accuracy_curves(rows: pd.DataFrame, x: str, colour: str, title: str, x_title
     return figure.update_xaxes(title=x_title).update_layout(title=title)
 
 
+def accuracy_cost(rows: pd.DataFrame, title: str) -> go.Figure:
+    """Accuracy against the column milliseconds (of an image), a point for each purifier, with 95 % intervals."""
+    drawn = rows.assign(above=rows.ci_high - rows.accuracy, below=rows.accuracy - rows.ci_low)
+    figure = px.scatter(
+        drawn,
+        x="milliseconds",
+        y="accuracy",
+        color="purifier",
+        symbol="purifier",
+        error_y="above",
+        error_y_minus="below",
+    )
+    figure.update_traces(marker_size=10).update_xaxes(type="log", title="milliseconds an image", exponentformat="power")
+    figure.update_yaxes(title="accuracy (share of images), 95 % interval", range=[0, 1.02])
+    return figure.update_layout(title=title, legend_title="defense")
+
+
 def error_paths(rows: pd.DataFrame, title: str, recon_mu: float) -> go.Figure:
     """Reconstruction error against the iteration: median and quartiles, one colour for each kind of images.
 

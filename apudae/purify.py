@@ -1,7 +1,7 @@
 """Purification (section 2.3): a few gradient steps on the *image* that lower its reconstruction error (Eq. 2)."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, NamedTuple, get_args
 
@@ -119,6 +119,12 @@ def resolve_config(config: str | PurifyConfig) -> PurifyConfig:
         return config
     check_known("purification preset", config, PRESETS)
     return PRESETS[config]
+
+
+def preset(name: str, steps: int, step_size: float) -> PurifyConfig | None:
+    """The preset `name` with these n and α ("direct" has neither); None for "none", no purifier."""
+    config = None if name == "none" else resolve_config(name)
+    return replace(config, steps=steps, step_size=step_size) if config and not config.direct else config
 
 
 def purify(dae: nn.Module, x: Tensor, config: str | PurifyConfig = "A", seed: int | torch.Generator = 0) -> Tensor:

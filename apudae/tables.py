@@ -10,9 +10,10 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from .attacks import PAPER
 from .baselines import ProjectionConfig
 from .files import RESULTS, locked, provenance, written_aside
-from .purify import PurifyConfig
+from .purify import PRESETS, PurifyConfig
 
 # a new row replaces the row that agrees in all of these
 IDENTITY = ["dataset", "split", "n", "metric", "classifier", "dae", "attack", "attack_parameters"]
@@ -168,3 +169,76 @@ def pivot(rows: pd.DataFrame) -> pd.DataFrame:
     cells = [str(Accuracy(correct, n)) for correct, n in zip(rows.correct, rows.n, strict=True)]
     table = rows.assign(cell=cells).pivot(index="attack", columns="purifier", values="cell")
     return table.loc[rows.attack.unique(), rows.purifier.unique()].rename_axis(index=None, columns="attack")
+
+
+def with_interval(rows: pd.DataFrame) -> pd.Series:
+    """Each row's figure as text, "accuracy [low, high]"."""
+    figures = rows[["accuracy", "ci_low", "ci_high"]].astype(object).map("{:.3f}".format)  # objects: there may be none
+    return figures.accuracy + " [" + figures.ci_low + ", " + figures.ci_high + "]"
+
+
+def _of_ladder(rows: pd.DataFrame) -> pd.Series:
+    return rows.attack_parameters.str.contains('"after"|"rungs"')
+
+
+def of_study(
+    rows: pd.DataFrame, classifier: str, dae: str, steps: list[int], step_size: float, metric: str = "top-1"
+) -> pd.DataFrame:
+    """The rows on test images of a classifier, undefended or behind an autoencoder with these n and this α.
+
+    Of several `steps`, purifiers with all but the first name theirs, such as "A (n = 12)". Fewest images first.
+    """
+    rows = rows[(rows.split == "test") & (rows.metric == metric) & (rows.classifier == classifier)]
+    rows = rows[rows.dae.isin([dae, ""])]
+    config = pd.DataFrame(map(json.loads, rows.purifier_parameters), rows.index, ["steps", "step_size"])
+    plain = rows.purifier.isin(["none", "direct"])  # these have neither n nor α
+    wanted = plain | config.steps.isin(steps) & (config.step_size - step_size).abs().lt(1e-9)
+    number = config.steps.map(" (n = {:.0f})".format).where(~plain & (config.steps != steps[0]), "")
+    return rows.assign(purifier=rows.purifier + number)[wanted].sort_values("n", kind="stable")
+
+
+def main_table(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Table 1 from the rows `of_study`: each attack's and purifier's row on the most images, and the table of them.
+
+    Marked " ✗": below the best that the paper reports of its purifiers; " ≈": below, but with that inside the interval.
+    The paper's columns stand beside ours.
+    """
+    rows = rows[~_of_ladder(rows)].drop_duplicates(["attack", "purifier"], keep="last")
+    paper, every = published("".join(rows.dataset.head(1))), ["clean", *PAPER["imagenet"], "counter_attack_a"]
+    rows = rows[rows.attack.isin(every)]
+    attacks, order = [name for name in every if name in set(rows.attack)], ["none", *PRESETS]
+    purifiers = sorted(rows.purifier.unique(), key=lambda name: (order.index(name.split()[0]), name))
+    others = ["none", "direct", "adversarial", "magnet", "defense_gan"]
+    best = paper.drop(columns=others, errors="ignore").max(axis=1)
+    goal = rows.attack.map(best).where(rows.purifier != "none")
+    below = goal.gt(rows.accuracy)
+    marks = below.map({True: " ✗", False: ""}).where(~(below & goal.le(rows.ci_high)), " ≈")
+    cells = rows.assign(cell=with_interval(rows) + marks).pivot(index="attack", columns="purifier", values="cell")
+    cells = cells.loc[attacks, purifiers].fillna("–")
+    counts = rows.groupby("attack").n.agg(["min", "max"]).reindex(attacks)
+    images = [f"{low}" if low == high else f"{low}–{high}" for low, high in counts.itertuples(index=False)]
+    beside = paper.add_suffix(" (paper)").reindex(attacks).astype(object).fillna("–")
+    place = rows.attack.map(attacks.index) * 100 + rows.purifier.map(purifiers.index)
+    return rows.loc[place.sort_values().index], cells.assign(images=images).join(beside).rename_axis(
+        index=None, columns=None
+    )
+
+
+def knowing_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Table 3, extended, from rows `of_study`: counter-attacks by themselves, the paper's figures, rung after rung.
+
+    A column of the ladder is what its rung and those before it leave; counter-attack B is at its strongest β.
+    """
+    dataset, rung = "".join(rows.dataset.head(1)), _of_ladder(rows)
+    alone = rows.attack.map({"counter_attack_a": "A alone", "counter_attack_b": "B alone"}).astype(object)
+    rows = rows.assign(column=rows.attack.where(rung, alone)).dropna(subset="column")
+    rows = rows.sort_values(["n", "accuracy"], ascending=[False, True]).drop_duplicates(["purifier", "column"])
+    after = rows.attack_parameters.map(lambda text: json.loads(text).get("after", 99)).astype(int)
+    columns = ["A alone", "B alone", *rows[after < 99].assign(after=after).sort_values("after").column.unique()]
+    cells = rows.assign(cell=with_interval(rows)).pivot(index="purifier", columns="column", values="cell")
+    cells, paper = cells.reindex(columns=[*columns, "worst_case"]).fillna(""), published(dataset)
+    for name in [name for name in ("A", "B") if f"counter_attack_{name.lower()}" in paper.index]:
+        figures = paper.loc[f"counter_attack_{name.lower()}"].drop("none", errors="ignore")
+        given = [figures.get(purifier, "" if purifier == "none" else figures.max()) for purifier in cells.index]
+        cells.insert(list(cells.columns).index(f"{name} alone") + 1, f"{name} (paper)", given)
+    return cells.assign(images=rows.groupby("purifier").n.max()).rename_axis(index=None, columns=None).T

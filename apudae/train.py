@@ -123,24 +123,29 @@ def train_adversarial(
     epsilon: float,
     step_size: float,
     steps: int,
+    shift: int = 0,
+    flip: bool = False,
     run_dir: Path | None = None,
     device: str | torch.device = "cpu",
 ) -> list[dict[str, float]]:
     """Train on cross-entropy of images under PGD on the classifier as it is at that step (Madry et al. 2018).
 
     Each image starts at a random point of its ε-ball and takes `steps` sign steps of `step_size`; one step with a
-    `step_size` of 1.25 `epsilon` is the fast form of Wong et al. (2020). Returns the curve.
+    `step_size` of 1.25 `epsilon` is the fast form of Wong et al. (2020). `shift` and `flip` are those of
+    `train_classifier`, before the attack. Returns the curve.
     """
     check_at_least(0, epsilon=epsilon, step_size=step_size)
     check_whole(1, steps=steps)
+    check_whole(0, shift=shift)
 
     def loss(model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+        x = _augmented(x, shift, flip, generator)
         noise = 2 * drawn(torch.rand, x.shape, generator) - 1
         with frozen(model):
             attacked = iterate(model, x, y, (x + epsilon * noise).clamp(0, 1), epsilon, step_size, steps)
         return F.cross_entropy(model(attacked), y)
 
-    about = {"epsilon": epsilon, "step_size": step_size, "attack_steps": steps}
+    about = {"epsilon": epsilon, "step_size": step_size, "attack_steps": steps, "shift": shift, "flip": flip}
     return fit(classifier, loss, dataset, recipe, run_dir=run_dir, device=device, about=about)
 
 

@@ -414,3 +414,10 @@ def test_every_name_has_the_papers_parameters():
             evaluate.run_attack(name, model, GOOD, y, **parameters | ({"queries": 10} if name == "square" else {}))
     assert attacks.PAPER["mnist"]["cw"]["steps"] == 1000
     assert attacks.PAPER["cifar10"]["pgd"] == {"epsilon": 8 / 255, "step_size": 1 / 255}
+
+
+def test_family_is_by_the_start_of_the_name():
+    names = {
+        name: attacks.family(name) for name in ("mnist5k", "mnist", "cifar10", "cifar10-jpeg", "folder:photographs")
+    }
+    assert list(names.values()) == ["mnist", "mnist", "cifar10", "cifar10", "mnist"]

@@ -175,7 +175,10 @@ def test_flips_are_for_each_image_and_keep_colours_together():
     assert torch.equal(_augmented(x, 0, False, seeded()), x)
 
 
-@pytest.mark.parametrize("train", [train_classifier, partial(train_dae, noise_std_max=0.0)])
+UNATTACKED = partial(train_adversarial, epsilon=0.0, step_size=0.0, steps=1)
+
+
+@pytest.mark.parametrize("train", [train_classifier, UNATTACKED, partial(train_dae, noise_std_max=0.0)])
 def test_training_sees_augmented_images(train):
     """A dot in a corner: with shift and flip the network sees it elsewhere, on either side, in all colours alike."""
     seen = []
@@ -192,7 +195,7 @@ def test_training_sees_augmented_images(train):
 
     x = torch.zeros(3, 8, 8)
     x[:, 2, 2] = 1
-    network = Reader(10, 1) if train is train_classifier else Spy(3, 2, 4)
+    network = Reader(10, 1) if train in (train_classifier, UNATTACKED) else Spy(3, 2, 4)
     train(network, [(x, 0)] * 32, Recipe(steps=4, batch_size=32), shift=1, flip=True)
     shown = torch.cat(seen)
     assert {tuple(place) for place in shown[:, 0].nonzero()[:, 1:].tolist()} == {

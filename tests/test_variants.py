@@ -9,7 +9,7 @@ from conftest import LinearDAE, images, seeded, tiny_dae
 import apudae
 from apudae.dae import calibrate, recon_error
 from apudae.parts import affine_matrices, resampled
-from apudae.purify import PRESETS, PurifyConfig, purify, trajectory
+from apudae.purify import PRESETS, PurifyConfig, preset, purify, trajectory
 
 ALPHA = 0.01
 
@@ -214,3 +214,11 @@ def test_trajectory_is_whole_where_every_image_rests():
     assert len(lines) == PRESETS["E"].steps + 1
     assert all(torch.equal(line.images, x) for line in lines)
     assert len(trajectory(dae, x, "direct")) == 1
+
+
+def test_presets_with_other_steps():
+    assert preset("B", 7, 0.02) == replace(PRESETS["B"], steps=7, step_size=0.02)
+    assert preset("direct", 7, 0.02) == PRESETS["direct"], "it has neither n nor α"
+    assert preset("none", 7, 0.02) is None
+    with pytest.raises(ValueError, match="'Z' is unknown; there is: direct, A"):
+        preset("Z", 7, 0.02)

@@ -1,0 +1,120 @@
+"""The tables of notebook 17: which rows they show, how they are marked; shipped weights give their figures again."""
+
+import json
+import os
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+from torch import nn
+
+import apudae
+from apudae import evaluate, files
+from apudae.data import take
+from apudae.evaluate import Accuracy, knowing_table, main_table, of_study, result_row
+
+STUDY = {"classifier": "mnist/classifier", "dae": "mnist/dae", "steps": [15, 12], "step_size": 0.01}
+
+
+def row(purifier, attack, correct, n=1000, config=None, parameters=(), **facts):
+    facts = {"dataset": "mnist", "classifier": "mnist/classifier", "dae": "mnist/dae"} | facts
+    about = {"purifier": purifier, "purifier_config": config, "attack_parameters": dict(parameters)}
+    return result_row(Accuracy(correct, n), attack=attack, **about, **facts)
+
+
+A, A12 = apudae.PRESETS["A"], replace(apudae.PRESETS["A"], steps=12)
+
+
+@pytest.fixture
+def rows():
+    return pd.DataFrame(
+        [
+            row("none", "clean", 975, dae=""),
+            row("none", "pgd", 130, dae=""),
+            row("A", "pgd", 300, n=1000, config=A),
+            row("A", "pgd", 1890, n=2000, config=A),
+            row("A", "fgsm", 700, config=A),
+            row("A", "clean", 980, config=A),
+            row("A", "clean", 970, config=A12),
+            row("A", "clean", 1, config=replace(A, step_size=0.03)),
+            row("A", "clean", 1, config=A, split="held_out"),
+            row("A", "clean", 1, config=A, classifier="mnist/cnn"),
+            row("A", "clean", 1, config=A, dae="another"),
+        ]
+    )
+
+
+def test_a_study_is_its_own_rows_and_other_n_are_named(rows):
+    own = of_study(rows, **STUDY)
+    assert len(own) == 7
+    assert set(own.purifier) == {"none", "A", "A (n = 12)"}
+    assert set(of_study(rows, **STUDY | {"steps": [15]}).purifier) == {"none", "A"}
+
+
+def test_main_table_has_the_most_images_and_marks_what_is_below_the_paper(rows):
+    drawn, table = main_table(of_study(rows, **STUDY))
+    assert table.index.tolist() == ["clean", "fgsm", "pgd"]
+    assert table.columns[:4].tolist() == ["none", "A", "A (n = 12)", "images"]
+    assert table.loc["pgd", "A"] == f"{Accuracy(1890, 2000)} ≈"  # the paper's .951 is inside
+    assert table.loc["fgsm", "A"].endswith("✗")
+    assert table.loc["clean", "A"] == str(Accuracy(980, 1000))
+    assert table.loc["pgd", "none"] == str(Accuracy(130, 1000)), "the undefended have no goal"
+    assert table.loc["pgd", "images"] == "1000–2000"
+    assert table.loc["pgd", "A (paper)"] == 0.951
+    assert drawn.attack.tolist() == ["clean", "clean", "clean", "fgsm", "pgd", "pgd"]
+
+
+def test_rungs_stand_in_the_table_of_attackers_who_know(rows):
+    knowing = [
+        row("A", "clean", 99, n=100, config=A, parameters={"after": 0}),
+        row("A", "bpda_identity", 40, n=100, config=A, parameters={"after": 7}),
+        row("A", "gray_pgd", 80, n=100, config=A, parameters={"after": 1}),
+        row("A", "worst_case", 40, n=100, config=A, parameters={"rungs": []}),
+        row("A", "counter_attack_b", 70, n=100, config=A, parameters={"beta": 0.1}),
+        row("A", "counter_attack_b", 60, n=100, config=A, parameters={"beta": 1}),
+        row("A", "counter_attack_a", 75, n=100, config=A),
+    ]
+    every = of_study(pd.concat([rows, pd.DataFrame(knowing)], ignore_index=True), **STUDY)
+    table = knowing_table(every)
+    ladder = ["clean", "gray_pgd", "bpda_identity", "worst_case"]
+    assert table.index.tolist() == ["A alone", "A (paper)", "B alone", "B (paper)", *ladder, "images"]
+    assert table.loc["B alone", "A"] == str(Accuracy(60, 100)), "the strongest β"
+    assert table.loc["A (paper)", "A"] == 0.891
+    main = main_table(every)[1]
+    assert main.loc["clean", "A"] == str(Accuracy(980, 1000)), "a rung is no gray-box figure"
+    assert "worst_case" not in main.index
+
+
+def test_tables_without_rows_are_empty(rows):
+    none = of_study(rows, **STUDY | {"classifier": "mnist/unknown"})
+    assert main_table(none)[1].empty
+    assert knowing_table(none).drop(index="images").empty or knowing_table(none).columns.empty
+
+
+CELLS = {  # a cell of each table
+    "table 1, MNIST": ("mnist.csv", {"attack": "r_fgsm", "purifier": "B"}),
+    "table 1, CIFAR-10": ("cifar10-jpeg.csv", {"attack": "fgsm", "purifier": "A", "dae": "cifar10-jpeg/unet"}),
+    "table 3, MNIST": ("mnist-adaptive.csv", {"attack": "counter_attack_a", "purifier": "direct"}),
+    "baselines, MNIST": ("mnist-baselines.csv", {"attack": "bim", "classifier": "mnist/adversarial_03", "n": 1000}),
+}
+
+
+@pytest.mark.skipif("APUDAE_DATA" not in os.environ, reason="APUDAE_DATA is not set")
+@pytest.mark.parametrize("cell", CELLS)
+def test_shipped_weights_give_a_cell_of_each_table_again(cell):
+    """The first 100 images of a row, attacked and purified anew, within the interval that the row gives."""
+    name, wanted = CELLS[cell]
+    found = evaluate.read_results(files.RESULTS / name).query("split == 'test'")
+    for column, value in wanted.items():
+        found = found[found[column] == value]
+    kept = found.sort_values("n").iloc[-1]
+    x, y = (part[:100] for part in take(apudae.load_dataset(kept.dataset, "test"), int(kept.n), int(kept.seed)))
+    model, dae = apudae.load_model(kept.classifier), kept.dae and apudae.load_model(kept.dae)
+    purifier = (
+        apudae.Purifier(dae, apudae.PurifyConfig(**json.loads(kept.purifier_parameters))) if dae else nn.Identity()
+    )
+    parameters, knows = json.loads(kept.attack_parameters), kept.attack == "counter_attack_a"
+    target = nn.Sequential(apudae.Purifier(dae, "direct", "exact"), model) if knows else model
+    attacked = evaluate.run_attack("bim" if knows else kept.attack, target, x, y, seed=int(kept.seed), **parameters)
+    again = evaluate.accuracy(nn.Sequential(purifier, model), attacked, y)
+    assert kept.ci_low <= again.value <= kept.ci_high, f"{again}, the row: {kept.accuracy}"
