@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .baselines import Generator, MagNet
-from .classifiers import CNN, MLP, PRETRAINED, ResNet, StridedCNN, is_pretrained, pretrained
+from .classifiers import CNN, MLP, PRETRAINED, ResNet, ResNet8, StridedCNN, is_pretrained, pretrained
 from .contracts import check_known
 from .dae import DAE, UNet
 from .files import CHECKPOINTS, provenance, written_aside
 
-ARCHITECTURES = {"mlp": MLP, "cnn": CNN, "strided_cnn": StridedCNN, "resnet": ResNet, "dae": DAE, "unet": UNet}
-ARCHITECTURES |= {"magnet": MagNet, "generator": Generator}  # of the baselines
+ARCHITECTURES = {"mlp": MLP, "cnn": CNN, "strided_cnn": StridedCNN, "resnet": ResNet, "resnet8": ResNet8}
+ARCHITECTURES |= {"dae": DAE, "unet": UNet, "magnet": MagNet, "generator": Generator}
 
 
 def save_model(path: str | Path, model: nn.Module, *, half: bool = False, **facts: Any) -> None:

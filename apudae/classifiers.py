@@ -1,6 +1,7 @@
 """Target networks. Each takes images in [0, 1], normalises inside, and returns logits."""
 
 import hashlib
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -132,6 +133,43 @@ class _Residual(nn.Module):
         kept = x if self.shortcut is None else self.shortcut(h)
         h = F.relu(self.norms[1](self.convolutions[0](h)))
         return kept + self.convolutions[1](h)
+
+
+class ResNet8(nn.Sequential):
+    """Residual network for 32×32 colour images, ten classes, made to be trained in minutes.
+
+    A convolution, three groups of a convolution, a maximum over 2×2 pixels and a residual convolution, and a linear
+    layer: the ResNet-9 of Page (2018) with the early pooling of Jordan (2024, arXiv:2404.00498). `width` features in
+    the first group, twice as many in each next one. Width 64 has 1.2 million weights, 2.3 MB in half precision.
+    """
+
+    def __init__(self, width: int = 64) -> None:
+        check_whole(1, width=width)
+        features = [24, width, 2 * width, 4 * width]
+        super().__init__(
+            Normalize(CIFAR10_MEAN, CIFAR10_STD),
+            *_convolution(3, features[0]),
+            *[
+                layer
+                for before, after in pairwise(features)
+                for layer in [*_convolution(before, after, nn.MaxPool2d(2)), _Added(*_convolution(after, after))]
+            ],
+            nn.AdaptiveMaxPool2d(1),
+            nn.Flatten(),
+            nn.Linear(features[-1], 10),
+        )
+        self.architecture = {"name": "resnet8", "width": width}
+
+
+def _convolution(before: int, after: int, *pooling: nn.Module) -> list[nn.Module]:
+    return [nn.Conv2d(before, after, 3, padding=1, bias=False), *pooling, nn.BatchNorm2d(after), nn.ReLU()]
+
+
+class _Added(nn.Sequential):
+    """x + layers(x)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
 
 
 def is_pretrained(name: str) -> bool:
