@@ -4,6 +4,7 @@ import inspect
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -277,23 +278,43 @@ def purified_rows(
 
     A module (`apudae.baselines`) is taken as it is, None for no purifier. Fewer images than labels are the first so
     many. `facts` go into the rows. With the folder `keep`, modules are resumable, as `run_attack`; their seconds are
-    then those of the batches that were not there yet.
+    then those of the batches that were not there yet. More steps of a variant without memory go on from fewer, if
+    those stand before them.
     """
     purified, rows = {}, []
     for attack, images in attacked.items():
+        seconds: dict[str, float] = {}
         for purifier, config in configs.items():
+            start, rest = _gone_on_from(config, {name: configs[name] for name in seconds})
             if isinstance(config, nn.Module):
                 defend = config if keep is None else _kept(config, keep, purifier, config, str(config), None)
                 config = getattr(config, "config", None)
             else:
-                defend = (lambda batch: batch) if config is None else Purifier(dae, config, seed=seed)
+                defend = (lambda batch: batch) if rest is None else Purifier(dae, rest, seed=seed)
             with torch.no_grad(), Stopwatch() as watch:
-                result = in_batches(defend, images, batch_size=batch_size, name=f"{purifier} on {attack}")
+                ready = purified.get((attack, start), images)
+                result = in_batches(defend, ready, batch_size=batch_size, name=f"{purifier} on {attack}")
+            seconds[purifier] = watch.seconds + seconds.get(start, 0)
             about = {"attack": attack, "attack_parameters": parameters[attack], "seed": seed, **facts}
-            about |= {"purifier": purifier, "purifier_config": config, "seconds": watch.seconds}
+            about |= {"purifier": purifier, "purifier_config": config, "seconds": seconds[purifier]}
             about |= {"device": images.device}
             n = len(result)
             found = accuracy(model, result, y[:n], clean=attacked["clean"][:n] if "clean" in attacked else None)
             rows.append(result_row(found, **about))
             purified[attack, purifier] = result
     return purified, rows
+
+
+def _gone_on_from(
+    config: PurifyConfig | nn.Module | None, done: dict[str, PurifyConfig | nn.Module | None]
+) -> tuple[str, PurifyConfig | nn.Module | None]:
+    """The name among `done` of the longest beginning of `config` ("" if there is none), and what is left to do."""
+    if not isinstance(config, PurifyConfig) or config.has_memory:
+        return "", config
+    begun = [
+        (kept.steps, name)
+        for name, kept in done.items()
+        if isinstance(kept, PurifyConfig) and replace(kept, steps=config.steps) == config and kept.steps <= config.steps
+    ]
+    steps, name = max(begun, default=(0, ""))
+    return name, replace(config, steps=config.steps - steps)

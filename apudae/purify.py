@@ -40,7 +40,8 @@ class PurifyConfig:
     - `step_rule`: "sign" moves each pixel by α against the gradient's sign; "adam" by Adam's rule with `betas`;
       "gradient" is Eq. 2 to the letter; "l2" moves by α a pixel in the mean square, along the gradient.
     - `schedule`: "constant" α, or "error": α(1 − exp(−((dist − μ)/σ)²)).
-    - `noise_std`: γ, noise before each step: "normal" N(0, 1), or "adaptive" as in the authors' script.
+    - `noise_std`: γ, noise before each step: "normal" N(0, 1), or "adaptive" as in the authors' script. With `direct`,
+      noise before the one pass, as in Denoised Smoothing (Salman et al. 2020); not in the paper.
     - `resize`, `rotation`: factor and degrees of the transform before the first step; `random_transform` draws both
       uniformly between no change and so much either way; `transform_back` undoes it after the last step.
     """
@@ -68,8 +69,8 @@ class PurifyConfig:
             check_known(name, getattr(self, name), get_args(choices))
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas are {self.betas!r}; needed: two numbers of at least 0 and below 1")
-        if self.direct and (self.noise_std or self.transforms):
-            raise ValueError("direct takes no steps, yet noise_std, resize or rotation is given; leave one of them out")
+        if self.direct and (self.transforms or self.noise_rule == "adaptive"):
+            raise ValueError("direct takes no steps, yet resize, rotation or adaptive noise is given; leave one out")
         if (self.random_transform or self.transform_back) and not self.transforms:
             raise ValueError("random_transform or transform_back is set, but resize is 1 and rotation 0: nothing to do")
 
@@ -82,6 +83,11 @@ class PurifyConfig:
     def calibrated(self) -> bool:
         """Whether μ and σ of the autoencoder are needed."""
         return not self.direct and (self.loss, self.schedule, self.noise_rule) != ("dist", "constant", "normal")
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether n steps differ from some of them and then, from where these end, the rest."""
+        return self.direct or self.is_random or self.transforms or self.step_rule == "adam"
 
     @property
     def is_random(self) -> bool:
@@ -121,10 +127,13 @@ def resolve_config(config: str | PurifyConfig) -> PurifyConfig:
     return PRESETS[config]
 
 
-def preset(name: str, steps: int, step_size: float) -> PurifyConfig | None:
-    """The preset `name` with these n and α ("direct" has neither); None for "none", no purifier."""
-    config = None if name == "none" else resolve_config(name)
-    return replace(config, steps=steps, step_size=step_size) if config and not config.direct else config
+def preset(name: str, steps: int, step_size: float, noise_std: float = 0.0) -> PurifyConfig | None:
+    """The preset `name` with these n and α ("direct" has neither) and, above 0, γ; None for "none", no purifier."""
+    if name == "none":
+        return None
+    config = resolve_config(name)
+    config = config if config.direct else replace(config, steps=steps, step_size=step_size)
+    return replace(config, noise_std=noise_std) if noise_std else config
 
 
 def purify(dae: nn.Module, x: Tensor, config: str | PurifyConfig = "A", seed: int | torch.Generator = 0) -> Tensor:
@@ -206,11 +215,11 @@ class Purifier(nn.Module):
     def _purified(self, x: Tensor, *, exact: bool) -> Tensor:
         """X_pur,0 … X_pur,n of Eq. 2."""
         config = self.config
-        if config.direct:
-            return self.dae(x).clamp(0, 1)
-        if config.steps == 0:
+        if config.steps == 0 and not config.direct:
             return x
         draws = Draws(len(x), self.generator) if config.is_random else None
+        if config.direct:
+            return self.dae(x if draws is None else x + config.noise_std * draws.normal(x)).clamp(0, 1)
         matrix = self._drawn_matrices(x, draws) if config.transforms else None
         if matrix is not None:  # G: X_pur,0 = t(X_adv, f, θ)
             x = resampled(x, matrix)

@@ -191,7 +191,7 @@ def of_study(
     rows = rows[(rows.split == "test") & (rows.metric == metric) & (rows.classifier == classifier)]
     rows = rows[rows.dae.isin([dae, ""])]
     config = pd.DataFrame(map(json.loads, rows.purifier_parameters), rows.index, ["steps", "step_size"])
-    plain = rows.purifier.isin(["none", "direct"])  # these have neither n nor α
+    plain = rows.purifier.str.split().str[0].isin(["none", "direct"])  # these have neither n nor α
     wanted = plain | config.steps.isin(steps) & (config.step_size - step_size).abs().lt(1e-9)
     number = config.steps.map(" (n = {:.0f})".format).where(~plain & (config.steps != steps[0]), "")
     return rows.assign(purifier=rows.purifier + number)[wanted].sort_values("n", kind="stable")

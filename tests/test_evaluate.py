@@ -2,15 +2,17 @@ import functools
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pandas as pd
 import pytest
 import torch
-from conftest import images, linear_classifier
+from conftest import images, linear_classifier, tiny_dae
 
 from apudae import PRESETS, attacks, evaluate
 from apudae.evaluate import Accuracy, accuracy, in_batches, predict, record, result_row, run_attack
 from apudae.files import save_tensors
+from apudae.purify import purify
 from apudae.tables import IDENTITY, merge_results
 
 
@@ -124,6 +126,21 @@ def test_images_that_were_wrong_at_first_can_be_left_out():
     assert right == {"top-1 of right": (1, 2), "top-5 of right": (3, 3), "top-10 of right": (3, 3)}
     none = accuracy(Ranked(), shades(50), y[:1], clean=shades(70)).others
     assert list(none) == ["top-5", "top-10"]
+
+
+@pytest.mark.parametrize(("name", "passes"), [("A", 7), ("B", 16), ("F", 16)])
+def test_more_steps_without_memory_go_on_from_fewer(name, passes):
+    dae, attacked, y, calls = tiny_dae(), {"clean": images(6, 1, 8, 8)}, torch.zeros(6, dtype=torch.long), []
+    dae.register_forward_hook(lambda *_: calls.append(1))
+    dae.recon_mu.fill_(0)  # below every error: no image rests
+    dae.recon_sigma.fill_(1)
+    configs = {f"{n}": replace(PRESETS[name], steps=n) for n in (4, 5, 7)}
+    facts = {"dataset": "noise", "classifier": "linear", "parameters": {"clean": {}}}
+    purified, rows = evaluate.purified_rows(linear_classifier(64), dae, attacked, y, configs, **facts)
+    assert sum(calls) == passes
+    assert [json.loads(row["purifier_parameters"])["steps"] for row in rows] == [4, 5, 7]
+    for label, config in configs.items():
+        assert torch.equal(purified["clean", label], purify(dae, attacked["clean"], config))
 
 
 def test_few_classes_have_one_metric(classifier, digits):

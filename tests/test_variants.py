@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import LinearDAE, images, seeded, tiny_dae
+from torch import nn
 
 import apudae
 from apudae.dae import calibrate, recon_error
@@ -153,7 +154,8 @@ def test_each_variant_keeps_the_contract(name):
 @pytest.mark.parametrize(
     "parts",
     [
-        {"direct": True, "noise_std": 0.1},
+        {"direct": True, "resize": 1.1},
+        {"direct": True, "noise_std": 0.1, "noise_rule": "adaptive"},
         {"random_transform": True},
         {"transform_back": True},
         {"betas": (0.9, 1.0)},
@@ -219,6 +221,19 @@ def test_trajectory_is_whole_where_every_image_rests():
 def test_presets_with_other_steps():
     assert preset("B", 7, 0.02) == replace(PRESETS["B"], steps=7, step_size=0.02)
     assert preset("direct", 7, 0.02) == PRESETS["direct"], "it has neither n nor α"
-    assert preset("none", 7, 0.02) is None
+    assert preset("none", 7, 0.02, 0.1) is None
+    assert preset("A", 7, 0.02, 0.1) == PurifyConfig(steps=7, step_size=0.02, noise_std=0.1)
     with pytest.raises(ValueError, match="'Z' is unknown; there is: direct, A"):
         preset("Z", 7, 0.02)
+
+
+def test_direct_with_noise_is_the_autoencoder_of_a_noisy_image():
+    x, pure = images(500, 1, 9, 8), PurifyConfig(direct=True, noise_std=0.3)
+    noisy = purify(nn.Identity(), x, pure, seed=3)
+    inside = (x > 0.1) & (x < 0.9)  # elsewhere the clip of the output shows
+    assert (noisy - x)[inside].std() > 0.2
+    assert torch.equal(noisy, purify(nn.Identity(), x, pure, seed=3)), "the seed decides"
+    assert not torch.equal(noisy, purify(nn.Identity(), x, pure, seed=4))
+    dae = tiny_dae()
+    quiet = purify(dae, x, replace(pure, noise_std=1e-6))
+    assert torch.allclose(quiet, purify(dae, x, "direct"), atol=1e-4)
