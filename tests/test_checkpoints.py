@@ -5,10 +5,11 @@ import pytest
 import torch
 from conftest import images, tiny_dae
 from safetensors.torch import save_file
+from torch import nn
 
 from apudae import load_model
 from apudae.checkpoints import ARCHITECTURES, _sha256, checkpoint_names, describe_checkpoint, save_model
-from apudae.classifiers import CNN, MLP, ResNet
+from apudae.classifiers import CNN, MLP, ResNet, ResNet8
 from apudae.dae import UNet, calibrate
 from apudae.files import CHECKPOINTS, ROOT
 
@@ -27,7 +28,7 @@ def edit(saved, **changes):
     sidecar.write_text(json.dumps(json.loads(sidecar.read_text()) | changes))
 
 
-MODELS = [MLP(), CNN(), ResNet(10, 1), tiny_dae(3, 5, 4).train(), UNet(3, 2, 4)]
+MODELS = [MLP(), CNN(), ResNet(10, 1), ResNet8(4), tiny_dae(3, 5, 4).train(), UNet(3, 2, 4)]
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: type(model).__name__)
@@ -184,3 +185,10 @@ def test_all_checkpoints_are_small_and_nothing_else_lies_there():
 def test_nothing_is_ever_unpickled():
     for module in (ROOT / "apudae").glob("*.py"):
         assert not re.search(r"\bpickle|torch\.(load|save)\b|allow_pickle|joblib|\bshelve", module.read_text()), module
+
+
+def test_networks_of_colour_images_come_channels_last():
+    convolutions = [layer for layer in load_model("cifar10-jpeg/unet").modules() if isinstance(layer, nn.Conv2d)]
+    assert all(layer.weight.is_contiguous(memory_format=torch.channels_last) for layer in convolutions)
+    digits = [layer for layer in load_model("mnist/dae").modules() if isinstance(layer, nn.Conv2d)]
+    assert all(layer.weight.is_contiguous() for layer in digits), "slower for these"

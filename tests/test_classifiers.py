@@ -7,7 +7,7 @@ from conftest import images
 from torch import nn
 
 from apudae import data, evaluate, load_dataset, load_model
-from apudae.classifiers import CIFAR10_MEAN, CIFAR10_STD, ResNet
+from apudae.classifiers import CIFAR10_MEAN, CIFAR10_STD, ResNet, ResNet8
 
 SAMPLE = os.path.join(os.environ.get("APUDAE_DATA", ""), "imagenet-sample")
 
@@ -36,6 +36,22 @@ def test_blocks_add_to_what_they_get():
     h = images(2, 16, 8, 8)
     assert torch.equal(blocks[1](h), h)
     assert blocks[2](h).shape == (2, 32, 4, 4)
+
+
+def test_resnet8_has_three_residuals():
+    model = ResNet8(8).eval()
+    x = images(3, 3, 32, 32)
+    assert model(x).shape == (3, 10)
+    assert sum(isinstance(layer, nn.Conv2d) for layer in model.modules()) == 7, "and a linear layer"
+    added = [part for part in model if part.__class__.__name__ == "_Added"]
+    for part, sides in zip(added, (16, 8, 4), strict=True):
+        h = images(2, part[0].in_channels, sides, sides)
+        nn.init.zeros_(part[0].weight)
+        assert torch.equal(part(h), h)
+    with torch.device("meta"):
+        assert sum(weight.numel() for weight in ResNet8().parameters()) == 1_161_666
+    with pytest.raises(ValueError, match="width"):
+        ResNet8(0)
 
 
 @pytest.mark.parametrize("bad", [{"depth": 20}, {"depth": 4}, {"depth": 16.0}, {"width": 0}])
