@@ -90,8 +90,8 @@ def in_batches(
 ) -> Tensor:
     """`function(*tensors)` batch by batch, with a progress bar from two seconds on.
 
-    Memory is bounded: large images come in smaller batches (`NUMBERS`, on a CPU about what its caches like), and a batch
-    that does not fit is halved, with `generator`, from which `function` draws, set back.
+    Memory is bounded: large images come in smaller batches (`NUMBERS`, on a CPU about what its caches like), and a
+    batch that does not fit is halved, with `generator`, from which `function` draws, set back.
     """
     images = tensors[0]
     size = min(batch_size, max(1, NUMBERS[images.device.type] // images.shape[1:].numel()))
