@@ -94,6 +94,8 @@ def test_tables_without_rows_are_empty(rows):
 CELLS = {  # a cell of each table
     "table 1, MNIST": ("mnist.csv", {"attack": "r_fgsm", "purifier": "B"}),
     "table 1, CIFAR-10": ("cifar10-jpeg.csv", {"attack": "fgsm", "purifier": "A", "dae": "cifar10-jpeg/unet"}),
+    "noise first, CIFAR-10": ("cifar10-jpeg.csv", {"attack": "fgsm", "purifier": "direct + noise"}),
+    "table 2, photographs": ("imagenet.csv", {"attack": "clean", "purifier": "direct + noise", "metric": "top-1"}),
     "table 3, MNIST": ("mnist-adaptive.csv", {"attack": "counter_attack_a", "purifier": "direct", "dae": "mnist/dae"}),
     "baselines, MNIST": ("mnist-baselines.csv", {"attack": "bim", "classifier": "mnist/adversarial_03", "n": 1000}),
 }
