@@ -234,11 +234,11 @@ def knowing_table(rows: pd.DataFrame) -> pd.DataFrame:
     rows = rows.assign(column=rows.attack.where(rung, alone)).dropna(subset="column")
     rows = rows.sort_values(["n", "accuracy"], ascending=[False, True]).drop_duplicates(["purifier", "column"])
     after = rows.attack_parameters.map(lambda text: json.loads(text).get("after", 99)).astype(int)
-    columns = ["A alone", "B alone", *rows[after < 99].assign(after=after).sort_values("after").column.unique()]
+    columns = ["A alone", "B alone", *rows.assign(after=after)[after < 99].sort_values("after").column.unique()]
     cells = rows.assign(cell=with_interval(rows)).pivot(index="purifier", columns="column", values="cell")
     cells, paper = cells.reindex(columns=[*columns, "worst_case"]).fillna(""), published(dataset)
     for name in [name for name in ("A", "B") if f"counter_attack_{name.lower()}" in paper.index]:
-        figures = paper.loc[f"counter_attack_{name.lower()}"].drop("none", errors="ignore")
+        figures = paper.loc[f"counter_attack_{name.lower()}"].drop("none", errors="ignore").dropna()
         given = [figures.get(purifier, "" if purifier == "none" else figures.max()) for purifier in cells.index]
         cells.insert(list(cells.columns).index(f"{name} alone") + 1, f"{name} (paper)", given)
     return cells.assign(images=rows.groupby("purifier").n.max()).rename_axis(index=None, columns=None).T

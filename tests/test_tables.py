@@ -85,6 +85,12 @@ def test_rungs_stand_in_the_table_of_attackers_who_know(rows):
     assert "worst_case" not in main.index
 
 
+def test_counter_attacks_alone_make_no_columns_of_a_ladder(rows):
+    alone = [row("A", "counter_attack_a", 75, n=100, config=A)]
+    table = knowing_table(of_study(pd.concat([rows, pd.DataFrame(alone)], ignore_index=True), **STUDY))
+    assert table.index.tolist() == ["A alone", "A (paper)", "B alone", "B (paper)", "worst_case", "images"]
+
+
 def test_tables_without_rows_are_empty(rows):
     none = of_study(rows, **STUDY | {"classifier": "mnist/unknown"})
     assert main_table(none)[1].empty
