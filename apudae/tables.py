@@ -236,7 +236,7 @@ def knowing_table(rows: pd.DataFrame) -> pd.DataFrame:
     after = rows.attack_parameters.map(lambda text: json.loads(text).get("after", 99)).astype(int)
     columns = ["A alone", "B alone", *rows.assign(after=after)[after < 99].sort_values("after").column.unique()]
     cells = rows.assign(cell=with_interval(rows)).pivot(index="purifier", columns="column", values="cell")
-    cells, paper = cells.reindex(columns=[*columns, "worst_case"]).fillna(""), published(dataset)
+    cells, paper = cells.reindex(columns=[*columns, "worst_case"]).astype(object).fillna(""), published(dataset)
     for name in [name for name in ("A", "B") if f"counter_attack_{name.lower()}" in paper.index]:
         figures = paper.loc[f"counter_attack_{name.lower()}"].drop("none", errors="ignore").dropna()
         given = [figures.get(purifier, "" if purifier == "none" else figures.max()) for purifier in cells.index]
