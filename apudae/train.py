@@ -57,6 +57,8 @@ def train_dae(
     shift: int = 0,
     flip: bool = False,
     patch: int = 0,
+    classifier: nn.Module | None = None,
+    stability: float = 0.01,
     run_dir: Path | None = None,
     device: str | torch.device = "cpu",
 ) -> list[dict[str, float]]:
@@ -64,6 +66,8 @@ def train_dae(
 
     Images are never clipped after the noise, as in the equation. `shift` and `flip` are those of `train_classifier`.
     With `patch`, x is a random square of so many pixels of each image, turned by 0 to 3 quarters.
+    With a `classifier`, `stability` times its cross-entropy on denoised images is added, with its own verdict on the
+    clean image as the label (the stability of Denoised Smoothing, Salman et al. 2020; not in the paper).
     Returns the curve: step and mean loss since the last.
     """
     check_whole(0, shift=shift, patch=patch)
@@ -71,16 +75,27 @@ def train_dae(
         raise ValueError(f"patch is {patch}; needed: at most the images' sides, {tuple(dataset[0][0].shape[1:])}")
     check_at_least(0, noise_std_min=noise_std_min)
     check_at_least(noise_std_min, noise_std_max=noise_std_max)
+    check_at_least(0, stability=stability)
+    if classifier is not None:
+        classifier.to(device)
 
     def loss(model: nn.Module, x: Tensor, _: Tensor, generator: torch.Generator) -> Tensor:
         x = _augmented(_patches(x, patch, generator) if patch else x, shift, flip, generator)
         share = drawn(torch.rand, (len(x), 1, 1, 1), generator)
         noise_std = noise_std_min + (noise_std_max - noise_std_min) * share
         noise = drawn(torch.randn, x.shape, generator)
-        return F.mse_loss(model(x + noise_std * noise), x)
+        denoised = model(x + noise_std * noise)
+        value = F.mse_loss(denoised, x)
+        if classifier is not None:
+            with frozen(classifier):
+                with torch.no_grad():
+                    verdict = classifier(x).argmax(1)
+                value = value + stability * F.cross_entropy(classifier(denoised), verdict)
+        return value
 
     about = {"noise_std_max": noise_std_max, "noise_std_min": noise_std_min, "shift": shift, "flip": flip}
     about |= {"patch": patch} if patch else {}
+    about |= {} if classifier is None else {"stability": stability}
     return fit(dae, loss, dataset, recipe, run_dir=run_dir, device=device, about=about)
 
 
