@@ -59,6 +59,7 @@ def train_dae(
     patch: int = 0,
     classifier: nn.Module | None = None,
     stability: float = 0.01,
+    epsilon: float = 0.0,
     run_dir: Path | None = None,
     device: str | torch.device = "cpu",
 ) -> list[dict[str, float]]:
@@ -66,8 +67,9 @@ def train_dae(
 
     Images are never clipped after the noise, as in the equation. `shift` and `flip` are those of `train_classifier`.
     With `patch`, x is a random square of so many pixels of each image, turned by 0 to 3 quarters.
-    With a `classifier`, `stability` times its cross-entropy on denoised images is added, with its own verdict on the
-    clean image as the label (the stability of Denoised Smoothing, Salman et al. 2020; not in the paper).
+    With a `classifier` (not in the paper), `stability` times its cross-entropy on denoised images is added, its own
+    verdict on the clean image as the label (Denoised Smoothing, Salman et al. 2020); and with an `epsilon` every other
+    image, by chance, is attacked before the noise, two steps of PGD on that classifier (as Liao et al. 2018 train).
     Returns the curve: step and mean loss since the last.
     """
     check_whole(0, shift=shift, patch=patch)
@@ -75,27 +77,31 @@ def train_dae(
         raise ValueError(f"patch is {patch}; needed: at most the images' sides, {tuple(dataset[0][0].shape[1:])}")
     check_at_least(0, noise_std_min=noise_std_min)
     check_at_least(noise_std_min, noise_std_max=noise_std_max)
-    check_at_least(0, stability=stability)
+    check_at_least(0, stability=stability, epsilon=epsilon)
     if classifier is not None:
         classifier.to(device)
+    elif epsilon:
+        raise ValueError(f"epsilon is {epsilon}, without a classifier to attack; give one")
 
     def loss(model: nn.Module, x: Tensor, _: Tensor, generator: torch.Generator) -> Tensor:
         x = _augmented(_patches(x, patch, generator) if patch else x, shift, flip, generator)
         share = drawn(torch.rand, (len(x), 1, 1, 1), generator)
         noise_std = noise_std_min + (noise_std_max - noise_std_min) * share
-        noise = drawn(torch.randn, x.shape, generator)
-        denoised = model(x + noise_std * noise)
-        value = F.mse_loss(denoised, x)
-        if classifier is not None:
-            with frozen(classifier):
-                with torch.no_grad():
-                    verdict = classifier(x).argmax(1)
-                value = value + stability * F.cross_entropy(classifier(denoised), verdict)
-        return value
+        noise = noise_std * drawn(torch.randn, x.shape, generator)
+        if classifier is None:
+            return F.mse_loss(model(x + noise), x)
+        with frozen(classifier):
+            with torch.no_grad():
+                verdict, seen = classifier(x).argmax(1), x
+            if epsilon:
+                chosen = drawn(torch.rand, (len(x), 1, 1, 1), generator) < 0.5
+                seen = torch.where(chosen, _attacked(classifier, x, verdict, epsilon, epsilon, 2, generator), x)
+            denoised = model(seen + noise)
+            return F.mse_loss(denoised, x) + stability * F.cross_entropy(classifier(denoised), verdict)
 
     about = {"noise_std_max": noise_std_max, "noise_std_min": noise_std_min, "shift": shift, "flip": flip}
     about |= {"patch": patch} if patch else {}
-    about |= {} if classifier is None else {"stability": stability}
+    about |= {} if classifier is None else {"stability": stability, "epsilon": epsilon}
     return fit(dae, loss, dataset, recipe, run_dir=run_dir, device=device, about=about)
 
 
@@ -155,13 +161,20 @@ def train_adversarial(
 
     def loss(model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
         x = _augmented(x, shift, flip, generator)
-        noise = 2 * drawn(torch.rand, x.shape, generator) - 1
         with frozen(model):
-            attacked = iterate(model, x, y, (x + epsilon * noise).clamp(0, 1), epsilon, step_size, steps)
+            attacked = _attacked(model, x, y, epsilon, step_size, steps, generator)
         return F.cross_entropy(model(attacked), y)
 
     about = {"epsilon": epsilon, "step_size": step_size, "attack_steps": steps, "shift": shift, "flip": flip}
     return fit(classifier, loss, dataset, recipe, run_dir=run_dir, device=device, about=about)
+
+
+def _attacked(
+    model: nn.Module, x: Tensor, y: Tensor, epsilon: float, step_size: float, steps: int, generator: torch.Generator
+) -> Tensor:
+    """`x` under `steps` steps of PGD from a random point of the ε-ball."""
+    noise = 2 * drawn(torch.rand, x.shape, generator) - 1
+    return iterate(model, x, y, (x + epsilon * noise).clamp(0, 1), epsilon, step_size, steps)
 
 
 def _shifted(x: Tensor, shift: int, generator: torch.Generator) -> Tensor:
