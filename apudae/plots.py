@@ -75,16 +75,21 @@ def accuracy_bars(rows: pd.DataFrame, title: str) -> go.Figure:
     return figure.update_xaxes(title="attack").update_layout(title=title, legend_title="purifier")
 
 
-def accuracy_curves(rows: pd.DataFrame, x: str, colour: str, title: str, x_title: str) -> go.Figure:
-    """Accuracy against the column `x`, one line for each value of the column `colour`, with 95 % intervals."""
+def accuracy_curves(
+    rows: pd.DataFrame, x: str, colour: str, title: str, x_title: str, panel: str | None = None
+) -> go.Figure:
+    """Accuracy against the column `x`, one line for each value of the column `colour`, with 95 % intervals.
+
+    With the column `panel`, a panel with an x axis of its own for each of its values.
+    """
     drawn = rows.assign(above=rows.ci_high - rows.accuracy, below=rows.accuracy - rows.ci_low)
-    figure = px.line(
-        drawn, x=x, y="accuracy", color=colour, symbol=colour, markers=True, error_y="above", error_y_minus="below"
-    )
+    marks = {"color": colour, "symbol": colour, "markers": True, "facet_col": panel}
+    figure = px.line(drawn, x=x, y="accuracy", error_y="above", error_y_minus="below", **marks)
     for trace in figure.data[len(PALETTE) :]:  # a colour that comes again is dashed
         trace.line.dash = "dash"
-    figure.update_yaxes(title="accuracy (share of images), 95 % interval", range=[0, 1.02])
-    return figure.update_xaxes(title=x_title).update_layout(title=title)
+    figure.for_each_annotation(lambda note: note.update(text=note.text.removeprefix(f"{panel}=")))
+    figure.update_yaxes(range=[0, 1.02]).update_yaxes(title="accuracy (share of images), 95 % interval", col=1)
+    return figure.update_xaxes(title=x_title, matches=None).update_layout(title=title)
 
 
 def accuracy_cost(rows: pd.DataFrame, title: str) -> go.Figure:

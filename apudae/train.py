@@ -222,9 +222,7 @@ def fit(
     """
     device, rank = torch.device(device), place()[0]
     save_every = save_every or max(1, min(200, recipe.steps // 20))
-    large = len(dataset[0][0]) > 1 or device.type == "cuda"
-    layout = torch.channels_last if large else torch.contiguous_format
-    half = large and (device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False))
+    layout, half = _layout_and_half(dataset, device)
     model.to(device, memory_format=layout).train()
     share_statistics(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
@@ -267,6 +265,13 @@ def fit(
         model.load_state_dict(networks["average"].module.state_dict())
     model.eval()
     return curve
+
+
+def _layout_and_half(dataset: Dataset, device: torch.device) -> tuple[torch.memory_format, bool]:
+    """Memory layout of the weights, and whether bfloat16 autocast is faster."""
+    large = len(dataset[0][0]) > 1 or device.type == "cuda"
+    half = device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return torch.channels_last if large else torch.contiguous_format, large and half
 
 
 class Batches:

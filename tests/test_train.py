@@ -105,6 +105,61 @@ def test_autoencoder_learns(few, digits):
     assert F.mse_loss(dae(noisy), x) < 0.7 * identity
 
 
+class Bright(torch.nn.Module):
+    """Two classes, split at a mean brightness of .5, which one weight a pixel can be attacked through."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(40.0))
+
+    def forward(self, x):
+        logit = self.weight * (x.flatten(1).mean(1) - 0.5)
+        return torch.stack([-logit, logit], 1)
+
+
+def test_verdict_of_a_classifier_is_kept_stable():
+    """A heavy weight on the classifier's verdict pulls denoised images of .45 and .55 apart; its weights stay."""
+    x = torch.cat([torch.full((32, 1, 8, 8), 0.47), torch.full((32, 1, 8, 8), 0.53)])
+    classifier, margins = Bright().train(), {}
+    for stability in (0.0, 1.0):
+        torch.manual_seed(0)
+        dae = DAE(1, 2, 4)
+        dataset, recipe = list(zip(x, [0] * 64, strict=True)), Recipe(steps=80, batch_size=32, learning_rate=1e-2)
+        train_dae(dae, dataset, recipe, noise_std_max=0.1, classifier=classifier, stability=stability)
+        logits = classifier(dae(x)).detach()
+        margins[stability] = (logits[32:, 1] - logits[32:, 0]).mean() + (logits[:32, 0] - logits[:32, 1]).mean()
+    assert margins[1.0] > margins[0.0] + 1
+    assert classifier.weight.item() == 40
+    assert classifier.weight.grad is None
+    assert classifier.training
+
+
+def test_half_of_the_images_are_attacked_before_the_noise():
+    """On black and white images the attack of one weight moves all pixels of an image the same way, by at most ε."""
+    x, seen = torch.cat([torch.full((64, 1, 8, 8), 0.4), torch.full((64, 1, 8, 8), 0.6)]), []
+
+    class Spy(DAE):
+        def forward(self, images):
+            seen.append(images.detach())
+            return super().forward(images)
+
+    dataset, options = list(zip(x, [0] * 128, strict=True)), {"classifier": Bright(), "epsilon": 0.05}
+    train_dae(Spy(1, 2, 4), dataset, Recipe(steps=3, batch_size=128), noise_std_max=0.0, **options)
+    images = torch.cat(seen)
+    dark = images.flatten(1).mean(1) < 0.5
+    change = images - torch.where(dark, 0.4, 0.6)[:, None, None, None]
+    attacked = change.flatten(1).abs().amax(1) > 1e-6
+    assert 0.4 < attacked.float().mean() < 0.6
+    assert change.abs().max() <= 0.05 + 1e-6
+    assert (change[attacked & dark] > 0.04).all(), "dark images are made brighter, all the way"
+    assert (change[attacked & ~dark] < -0.04).all()
+
+
+def test_attack_in_the_training_needs_a_classifier(few):
+    with pytest.raises(ValueError, match=r"epsilon is 0.1, without a classifier to attack"):
+        train_dae(tiny_dae(), few, SHORT, noise_std_max=0.1, epsilon=0.1)
+
+
 def test_curve_is_the_mean_loss_since_the_last_point(few):
     values = []
 
