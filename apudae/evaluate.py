@@ -90,13 +90,12 @@ def in_batches(
 ) -> Tensor:
     """`function(*tensors)` batch by batch, with a progress bar from two seconds on.
 
-    Memory is bounded: large images come in smaller batches (`NUMBERS`, on a CPU about what its caches like), and a
-    batch that does not fit is halved, with `generator`, from which `function` draws, set back.
+    Memory is bounded: large images come in smaller batches, and a batch that does not fit is halved, with `generator`,
+    from which `function` draws, set back.
     """
-    images = tensors[0]
-    size = min(batch_size, max(1, NUMBERS[images.device.type] // images.shape[1:].numel()))
+    size = min(batch_size, max(1, NUMBERS[tensors[0].device.type] // tensors[0].shape[1:].numel()))
     batches = zip(*(tensor.split(size) for tensor in tensors), strict=True)
-    batches = tqdm(batches, desc=name, total=math.ceil(len(images) / size), delay=2, leave=False)
+    batches = tqdm(batches, desc=name, total=math.ceil(len(tensors[0]) / size), delay=2, leave=False)
     return torch.cat([in_halves(function, *batch, generator=generator) for batch in batches])
 
 
@@ -272,6 +271,7 @@ def purified_rows(
     seed: int = 0,
     batch_size: int = 256,
     keep: Path | None = None,
+    half: bool = False,
     **facts: Any,
 ) -> tuple[dict[tuple[str, str], Tensor], list[dict]]:
     """Every purifier of `configs` on the images of every attack: purified images, and result rows.
@@ -279,7 +279,7 @@ def purified_rows(
     A module (`apudae.baselines`) is taken as it is, None for no purifier. Fewer images than labels are the first so
     many. `facts` go into the rows. With the folder `keep`, modules are resumable, as `run_attack`; their seconds are
     then those of the batches that were not there yet. More steps of a variant without memory go on from fewer, if
-    those stand before them.
+    those stand before them. `half`: the purifiers' networks compute in bfloat16, and the row's device says so.
     """
     purified, rows = {}, []
     for attack, images in attacked.items():
@@ -291,16 +291,20 @@ def purified_rows(
                 config = getattr(config, "config", None)
             else:
                 defend = (lambda batch: batch) if rest is None else Purifier(dae, rest, seed=seed)
-            with torch.no_grad(), Stopwatch() as watch:
+            with (
+                torch.no_grad(),
+                torch.autocast(images.device.type, torch.bfloat16, enabled=half),
+                Stopwatch() as watch,
+            ):
                 ready = purified.get((attack, start), images)
                 result = in_batches(defend, ready, batch_size=batch_size, name=f"{purifier} on {attack}")
             seconds[purifier] = watch.seconds + seconds.get(start, 0)
             about = {"attack": attack, "attack_parameters": parameters[attack], "seed": seed, **facts}
             about |= {"purifier": purifier, "purifier_config": config, "seconds": seconds[purifier]}
-            about |= {"device": images.device}
-            n = len(result)
-            found = accuracy(model, result, y[:n], clean=attacked["clean"][:n] if "clean" in attacked else None)
-            rows.append(result_row(found, **about))
+            clean = attacked["clean"][: len(result)] if "clean" in attacked else None
+            found = accuracy(model, result, y[: len(result)], clean=clean)
+            rows.append(result_row(found, device=images.device, **about))
+            rows[-1]["device"] += ", bfloat16" * (half and config is not None)
             purified[attack, purifier] = result
     return purified, rows
 

@@ -4,7 +4,9 @@
 
 - reference: what the authors' script does: torch.optim.Adam on an additive perturbation, autograd through the
   autoencoder with weight gradients on, every image in every step.
-- floor: the autoencoder's convolutions alone, forward and for the gradient of the image, as often as there are steps.
+- floor: the autoencoder's convolutions alone, each forward and for the gradient of its input, as often as there are
+  steps.
+- bfloat16, where the processor has it: the same under torch.autocast.
 
 Prints a table and writes rows to data/results/benchmarks.csv. `times_reference` above 1: faster than the reference;
 `times_floor`: how many times the floor's time.
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 
 import apudae
 from apudae import data, evaluate, files
+from apudae.contracts import frozen
 from apudae.dae import DAE, calibrate
 
 
@@ -35,17 +38,35 @@ def reference(dae: nn.Module, x: Tensor, steps: int = 15, step_size: float = 0.0
     return (x + delta).detach().clamp(0, 1)
 
 
-def floor(dae: DAE, x: Tensor, steps: int = 15) -> None:
-    convolutions = nn.Sequential(*(block[0] for block in [*dae.encoder, *dae.decoder]), dae.output)
-    convolutions.requires_grad_(False)
-    for _ in range(steps):
-        at = x.detach().requires_grad_()
-        torch.autograd.grad(convolutions(at).sum(), at)
-    convolutions.requires_grad_(True)
+def convolutions(dae: nn.Module, x: Tensor) -> list[tuple[nn.Module, Tensor]]:
+    """Every convolution of the autoencoder with an input as it sees one."""
+    found, kinds = [], (nn.Conv2d, nn.ConvTranspose2d)
+    hooks = [
+        part.register_forward_hook(lambda layer, inputs, _: found.append((layer, inputs[0].detach().clone())))
+        for part in dae.modules()
+        if isinstance(part, kinds)
+    ]
+    with torch.no_grad():
+        dae(x)
+    for hook in hooks:
+        hook.remove()
+    return found
 
 
-def scenes(n: int) -> dict[str, tuple[DAE, Tensor, Tensor]]:
-    """Autoencoder, images under PGD, and a stream that is nine tenths clean."""
+def floor(layers: list[tuple[nn.Module, Tensor]], steps: int = 15) -> None:
+    with frozen(*(layer for layer, _ in layers)):
+        for _ in range(steps):
+            for layer, at in layers:
+                torch.autograd.grad(layer(at.requires_grad_()).sum(), at)
+
+
+def in_bfloat16(dae: nn.Module, x: Tensor, name: str) -> Tensor:
+    with torch.autocast(x.device.type, torch.bfloat16):
+        return apudae.purify(dae, x, name)
+
+
+def scenes(n: int) -> dict[str, tuple[nn.Module, Tensor, Tensor]]:
+    """Autoencoder, images to purify, and a stream that is nine tenths clean."""
     x, y = data.take(apudae.load_dataset("mnist5k", "test"), n)
     attacked = apudae.attacks.pgd(apudae.load_model("mnist/classifier"), x, y, epsilon=0.1)
     stream = torch.where((torch.arange(n) % 10 == 0)[:, None, None, None], attacked, x)
@@ -54,7 +75,14 @@ def scenes(n: int) -> dict[str, tuple[DAE, Tensor, Tensor]]:
     nn.init.normal_(colour.output.weight, std=0.02)
     calibrate(colour, pictures)
     colour.recon_mu *= 0.5  # all of these pictures are "attacked"
-    return {"mnist": (apudae.load_model("mnist/dae"), attacked, stream), "3x32x32": (colour, pictures, pictures)}
+    large, _ = data.take(apudae.load_dataset("photographs", "test"), 2)
+    small = nn.functional.interpolate(large, 32, mode="area").repeat(max(n // 16, 1), 1, 1, 1)
+    return {
+        "mnist": (apudae.load_model("mnist/dae"), attacked, stream),
+        "3x32x32": (colour, pictures, pictures),
+        "cifar10 U-Net": (apudae.load_model("cifar10-jpeg/unet"), small, small),
+        "photographs": (apudae.load_model("imagenet/unet"), large, large),
+    }
 
 
 def seconds(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
@@ -71,10 +99,12 @@ def seconds(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, f
 def main(n: int = 200, repeats: int = 5) -> None:
     rows = []
     for scene, (dae, attacked, stream) in scenes(n).items():
-        calls = {"reference": partial(reference, dae, attacked), "floor": partial(floor, dae, attacked)}
+        calls = {"reference": partial(reference, dae, attacked), "floor": partial(floor, convolutions(dae, attacked))}
         calls |= {name: partial(apudae.purify, dae, attacked, name) for name in apudae.PRESETS}
         if scene == "mnist":
             calls["E, nine tenths clean"] = partial(apudae.purify, dae, stream, "E")
+        elif torch.cpu.get_capabilities().get("avx512_bf16"):
+            calls |= {f"{name}, bfloat16": partial(in_bfloat16, dae, attacked, name) for name in ("direct", "A")}
         found = seconds(calls, repeats)
         for name, taken in found.items():
             rows.append(
@@ -85,7 +115,7 @@ def main(n: int = 200, repeats: int = 5) -> None:
                 | {"threads": torch.get_num_threads(), **files.provenance()}
             )
             ratios = f"{rows[-1]['times_reference']:6.2f} × reference {rows[-1]['times_floor']:6.2f} × floor's time"
-            print(f"{scene:8s} {name:22s} {len(attacked) / taken:9.1f} images/s {ratios}", flush=True)
+            print(f"{scene:13s} {name:22s} {len(attacked) / taken:9.1f} images/s {ratios}", flush=True)
     keep(rows)
 
 
