@@ -230,8 +230,7 @@ def ladder(
         progress.set_postfix(worst_case=rows[position]["accuracy"])
     parameters = {"rungs": [rung.name for rung in chosen], "eot_samples": samples}
     total = _ladder_row(worst, "worst_case", parameters, seconds=sum(row["seconds"] for row in rows), **about, **facts)
-    names = [*(rung.name for rung in chosen), ""]
-    felled = [names[position] for position in worst.felled.tolist()]
+    felled = [[*(rung.name for rung in chosen), ""][position] for position in worst.felled.tolist()]
     record = pd.DataFrame({"label": y.tolist(), "felled_by": felled, "runs_right": worst.hits.sum(1).tolist()})
     return Ladder([*rows, total], record, worst.images)
 
@@ -271,7 +270,7 @@ def purified_rows(
     seed: int = 0,
     batch_size: int = 256,
     keep: Path | None = None,
-    half: bool = False,
+    bfloat16: bool = False,
     **facts: Any,
 ) -> tuple[dict[tuple[str, str], Tensor], list[dict]]:
     """Every purifier of `configs` on the images of every attack: purified images, and result rows.
@@ -279,7 +278,7 @@ def purified_rows(
     A module (`apudae.baselines`) is taken as it is, None for no purifier. Fewer images than labels are the first so
     many. `facts` go into the rows. With the folder `keep`, modules are resumable, as `run_attack`; their seconds are
     then those of the batches that were not there yet. More steps of a variant without memory go on from fewer, if
-    those stand before them. `half`: the purifiers' networks compute in bfloat16, and the row's device says so.
+    those stand before them. `bfloat16`: the purifiers' networks compute in bfloat16, and the row's device says so.
     """
     purified, rows = {}, []
     for attack, images in attacked.items():
@@ -291,20 +290,17 @@ def purified_rows(
                 config = getattr(config, "config", None)
             else:
                 defend = (lambda batch: batch) if rest is None else Purifier(dae, rest, seed=seed)
-            with (
-                torch.no_grad(),
-                torch.autocast(images.device.type, torch.bfloat16, enabled=half),
-                Stopwatch() as watch,
-            ):
+            autocast = torch.autocast(images.device.type, torch.bfloat16, enabled=bfloat16)
+            with torch.no_grad(), autocast, Stopwatch() as watch:
                 ready = purified.get((attack, start), images)
                 result = in_batches(defend, ready, batch_size=batch_size, name=f"{purifier} on {attack}")
-            seconds[purifier] = watch.seconds + seconds.get(start, 0)
             about = {"attack": attack, "attack_parameters": parameters[attack], "seed": seed, **facts}
+            seconds[purifier] = watch.seconds + seconds.get(start, 0)
             about |= {"purifier": purifier, "purifier_config": config, "seconds": seconds[purifier]}
             clean = attacked["clean"][: len(result)] if "clean" in attacked else None
             found = accuracy(model, result, y[: len(result)], clean=clean)
             rows.append(result_row(found, device=images.device, **about))
-            rows[-1]["device"] += ", bfloat16" * (half and config is not None)
+            rows[-1]["device"] += ", bfloat16" * (bfloat16 and config is not None)
             purified[attack, purifier] = result
     return purified, rows
 

@@ -350,3 +350,23 @@ def test_what_the_paper_reports():
     assert cifar.drop(columns=["none", "adversarial", "direct"]).max(axis=1)["clean"] == 0.908
     assert cifar.loc[["fgsm", "r_fgsm", "bim", "cw"], ["E", "F"]].max(axis=1).tolist() == [0.834, 0.817, 0.729, 0.708]
     assert evaluate.published("folder:photographs").empty
+
+
+def test_bfloat16_is_for_the_purifiers_alone_and_named_in_their_rows(dae, digits):
+    x, y = digits[0][:6], digits[1][:6]
+    seen = []
+
+    class Classifier(torch.nn.Module):
+        def forward(self, images):
+            seen.append((images.dtype, torch.is_autocast_enabled("cpu")))
+            return images.flatten(1)[:, :10]
+
+    configs = {"none": None, "A": replace(PRESETS["A"], steps=2)}
+    about = {"dataset": "mnist5k", "classifier": "none", "parameters": {"clean": {}}}
+    whole, _ = evaluate.purified_rows(Classifier(), dae, {"clean": x}, y, configs, **about)
+    short, rows = evaluate.purified_rows(Classifier(), dae, {"clean": x}, y, configs, bfloat16=True, **about)
+    assert [row["device"] for row in rows] == ["cpu", "cpu, bfloat16"]
+    assert set(seen) == {(torch.float32, False)}
+    difference = (whole["clean", "A"] - short["clean", "A"]).abs()
+    assert 0 < difference.max() <= 0.04 + 1e-6, "a few signs differ"
+    assert difference.gt(1e-3).float().mean() < 0.2
