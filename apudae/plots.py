@@ -85,8 +85,9 @@ def accuracy_curves(
     drawn = rows.assign(above=rows.ci_high - rows.accuracy, below=rows.accuracy - rows.ci_low)
     marks = {"color": colour, "symbol": colour, "markers": True, "facet_col": panel}
     figure = px.line(drawn, x=x, y="accuracy", error_y="above", error_y_minus="below", **marks)
-    for trace in figure.data[len(PALETTE) :]:  # a colour that comes again is dashed
-        trace.line.dash = "dash"
+    names = list(dict.fromkeys(trace.name for trace in figure.data))
+    for trace in figure.data:  # a colour that comes again is dashed
+        trace.line.dash = "dash" if names.index(trace.name) >= len(PALETTE) else None
     figure.for_each_annotation(lambda note: note.update(text=note.text.removeprefix(f"{panel}=")))
     figure.update_yaxes(range=[0, 1.02]).update_yaxes(title="accuracy (share of images), 95 % interval", col=1)
     return figure.update_xaxes(title=x_title, matches=None).update_layout(title=title)

@@ -159,11 +159,16 @@ def trajectory(
     dae: nn.Module, x: Tensor, config: str | PurifyConfig = "A", seed: int | torch.Generator = 0
 ) -> list[Step]:
     """Every step of `purify`, and the end with step sizes 0: `steps` + 1 lines, however early all images rest."""
-    purifier, lines = Purifier(dae, config, seed=seed), []
-    purifier.record = lines
+    purifier = Purifier(dae, config, seed=seed)
+    paths = [_path(purifier, part) for part in purifier.parts(x)]  # as `purify` does, bit for bit
+    return [Step(*map(torch.cat, zip(*steps, strict=True))) for steps in zip(*paths, strict=True)]
+
+
+def _path(purifier: "Purifier", x: Tensor) -> list[Step]:
+    purifier.record = lines = []
     purified = purifier(x)
-    with torch.no_grad(), frozen(dae):
-        errors = squared_distance(purified, dae(purified))
+    with torch.no_grad(), frozen(purifier.dae):
+        errors = squared_distance(purified, purifier.dae(purified))
     end = Step(purified, errors, torch.zeros_like(errors))
     return lines + [end] * (1 if purifier.config.direct else purifier.config.steps + 1 - len(lines))
 
@@ -211,10 +216,13 @@ class Purifier(nn.Module):
     def _fitting(self, x: Tensor) -> Tensor:
         """`_purified` without gradients, in parts; one that is too large for the memory is halved and tried again."""
         purified = partial(self._purified, exact=False)
-        if self.record is not None or len(x) == 0:
+        if self.record is not None:
             return purified(x)
-        parts = x.split(max(1, NUMBERS.get(x.device.type, 2**24) // x[0].numel()))
-        return torch.cat([in_halves(purified, part, generator=self.generator) for part in parts])
+        return torch.cat([in_halves(purified, part, generator=self.generator) for part in self.parts(x)])
+
+    def parts(self, x: Tensor) -> tuple[Tensor, ...]:
+        """`x` in the parts that are purified at a time."""
+        return x.split(max(1, NUMBERS.get(x.device.type, 2**24) // max(1, x.shape[1:].numel())))
 
     def _purified(self, x: Tensor, *, exact: bool) -> Tensor:
         """X_pur,0 … X_pur,n of Eq. 2."""
