@@ -159,6 +159,7 @@ def trajectory(
     dae: nn.Module, x: Tensor, config: str | PurifyConfig = "A", seed: int | torch.Generator = 0
 ) -> list[Step]:
     """Every step of `purify`, and the end with step sizes 0: `steps` + 1 lines, however early all images rest."""
+    check_images(x)
     purifier = Purifier(dae, config, seed=seed)
     paths = [_path(purifier, part) for part in purifier.parts(x)]  # as `purify` does, bit for bit
     return [Step(*map(torch.cat, zip(*steps, strict=True))) for steps in zip(*paths, strict=True)]
@@ -232,9 +233,9 @@ class Purifier(nn.Module):
         draws = Draws(len(x), self.generator) if config.is_random else None
         if config.direct:
             return self.dae(x if draws is None else x + config.noise_std * draws.normal(x)).clamp(0, 1)
-        matrix = self._drawn_matrices(x, draws) if config.transforms else None
-        if matrix is not None:  # G: X_pur,0 = t(X_adv, f, θ)
-            x = resampled(x, matrix)
+        if config.transforms:  # G: X_pur,0 = t(X_adv, f, θ)
+            chance = draws if config.random_transform else None
+            x = resampled(x, matrix := affine_matrices(x, config.resize, config.rotation, chance))
         at_rest_for_good = config.loss == "hinge" and config.noise_std == 0
         active = torch.arange(len(x), device=x.device)  # the images that can still move; the others leave the work
         if at_rest_for_good:
@@ -257,10 +258,6 @@ class Purifier(nn.Module):
             if at_rest_for_good:
                 active = moving
         return resampled(x, torch.linalg.inv(matrix)) if config.transform_back else x
-
-    def _drawn_matrices(self, x: Tensor, draws: Draws | None) -> Tensor:
-        config = self.config
-        return affine_matrices(x, config.resize, config.rotation, draws if config.random_transform else None)
 
     @torch.no_grad()
     def _errors(self, x: Tensor) -> Tensor:

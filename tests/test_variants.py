@@ -8,7 +8,7 @@ from conftest import LinearDAE, images, seeded, tiny_dae
 from torch import nn
 
 import apudae
-from apudae.dae import calibrate, recon_error
+from apudae.dae import DAE, calibrate, recon_error
 from apudae.parts import affine_matrices, resampled
 from apudae.purify import PRESETS, PurifyConfig, preset, purify, trajectory
 
@@ -237,3 +237,23 @@ def test_direct_with_noise_is_the_autoencoder_of_a_noisy_image():
     dae = tiny_dae()
     quiet = purify(dae, x, replace(pure, noise_std=1e-6))
     assert torch.allclose(quiet, purify(dae, x, "direct"), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["A", "F", "G"])
+def test_trajectory_of_many_images_ends_where_purify_does(name):
+    """More than are purified at a time: both split them alike, so that they agree bit for bit."""
+    torch.manual_seed(0)
+    dae, x = DAE(1, 3, 4).eval(), torch.rand(12, 1, 150, 150)
+    torch.nn.init.normal_(dae.output.weight, std=0.05)
+    dae.recon_mu.fill_(0.0)
+    dae.recon_sigma.fill_(1.0)
+    config = replace(PRESETS[name], steps=2)
+    assert len(apudae.Purifier(dae, config).parts(x)) > 1
+    path = apudae.trajectory(dae, x, config)
+    assert [len(step.images) for step in path] == [12, 12, 12]
+    assert path[-1].images.equal(purify(dae, x, config))
+
+
+def test_trajectory_refuses_what_is_no_tensor():
+    with pytest.raises(ValueError, match="needed"):
+        apudae.trajectory(DAE(1, 3, 4), [[0.5]], "A")
