@@ -28,7 +28,7 @@ StepRule = Literal["sign", "adam", "gradient", "l2"]
 Schedule = Literal["constant", "error"]
 NoiseRule = Literal["normal", "adaptive"]
 Backward = Literal["none", "identity", "dae", "exact"]
-NUMBERS = {"cpu": 2**16, "cuda": 2**24}  # purified at a time, what a CPU's caches like: 83 digits, 21 images of 32×32
+AT_A_TIME = {"cpu": 2**16, "cuda": 2**24}  # numbers in a part: what CPU caches like, 83 digits, 21 images of 32×32
 CHOICES = {"loss": Loss, "step_rule": StepRule, "schedule": Schedule, "noise_rule": NoiseRule}
 
 
@@ -223,7 +223,7 @@ class Purifier(nn.Module):
 
     def parts(self, x: Tensor) -> tuple[Tensor, ...]:
         """`x` in the parts that are purified at a time."""
-        return x.split(max(1, NUMBERS.get(x.device.type, 2**24) // max(1, x.shape[1:].numel())))
+        return x.split(max(1, AT_A_TIME.get(x.device.type, 2**24) // max(1, x.shape[1:].numel())))
 
     def _purified(self, x: Tensor, *, exact: bool) -> Tensor:
         """X_pur,0 … X_pur,n of Eq. 2."""
