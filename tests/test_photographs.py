@@ -1,4 +1,5 @@
 import os
+import subprocess
 import sys
 
 import numpy as np
@@ -251,3 +252,24 @@ def test_patches_are_parts_of_their_images_in_every_orientation():
 def test_patch_must_fit_into_the_images(bsds):
     with pytest.raises(ValueError, match=r"patch is 33; needed: at most the images' sides, \(32, 48\)"):
         train.train_dae(DAE(3, 2, 4), load_dataset("bsds500", "train"), train.Recipe(1, 2), noise_std_max=0.3, patch=33)
+
+
+PURIFY_MANY = """
+import resource, sys, torch, apudae
+torch.manual_seed(0)
+x = torch.rand(int(sys.argv[1]), 3, 224, 224)
+apudae.purify(apudae.load_model("imagenet/unet"), x, apudae.PurifyConfig(steps=1))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units elsewhere")
+def test_memory_of_many_photographs_is_theirs_and_a_constant():
+    """What 16 more photographs add stays below four copies of them, so 1,000 of them stay below 4 GB."""
+    few, many = (
+        int(subprocess.run([sys.executable, "-c", PURIFY_MANY, str(n)], capture_output=True, check=True).stdout) * 1024
+        for n in (4, 20)
+    )
+    copy = 3 * 224**2 * 4
+    assert many - few < 4 * 16 * copy
+    assert few + 4 * 996 * copy < 4e9
