@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from .attacks import check_attack, default_steps, project
 from .contracts import as_generator, check_at_least, check_known, check_whole, frozen
-from .dae import squared_distance
-from .parts import BPDA, EOT, FixedNoise, StraightThrough  # wrappers of models, for every attacker
+from .parts import BPDA, EOT, FixedNoise, StraightThrough, Watched  # wrappers of models, for every attacker
 from .purify import Purifier
 
 NAMES = ("autoattack", "square", "apgd", "counter_attack_b")
@@ -84,7 +83,7 @@ def apgd(
 
 
 def counter_attack_b(
-    model: "Watched",
+    model: Watched,
     x: Tensor,
     y: Tensor,
     *,
@@ -111,21 +110,6 @@ def counter_attack_b(
     return moved
 
 
-class Watched(nn.Module):
-    """`classifier`, and beside it the reconstruction error of an image, `errors(x)`: what counter-attack B attacks."""
-
-    def __init__(self, classifier: nn.Module, dae: nn.Module) -> None:
-        super().__init__()
-        self.classifier, self.dae = classifier, dae
-
-    def errors(self, x: Tensor) -> Tensor:
-        """dist of each image (n,), differentiable."""
-        return squared_distance(x, self.dae(x))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(x)
-
-
 class Trajectory(nn.Module):
     """The logits of the purified image, with the mean of the classifier's gradients at all iterates of Eq. 2.
 
@@ -150,12 +134,16 @@ class Trajectory(nn.Module):
 
 
 class Rung(NamedTuple):
-    """One rung of the ladder: the attack named `attack`, with `parameters`, on one of the defense's `views`."""
+    """One rung of the ladder: the attack named `attack`, with `parameters`, on one of the defense's `views`.
+
+    A `warm` one starts from the worst images that the rungs before it have found.
+    """
 
     name: str
     view: str
     attack: str
     parameters: dict[str, Any]
+    warm: bool = False
 
 
 CLEAN = Rung("clean", "classifier", "clean", {})
@@ -164,28 +152,35 @@ CLEAN = Rung("clean", "classifier", "clean", {})
 class WorstCase:
     """The worst images (n, C, H, W) found so far for `x`, and in which of `runs` runs each was right, `hits` (n, runs).
 
+    Of images that are right in as many runs, the worse one has the smaller mean of its `margins` (n, runs).
     `felled` (n,) is the position of the rung since which no majority of the runs is right, −1 while one is.
     """
 
     def __init__(self, x: Tensor, runs: int) -> None:
         self.x, self.images = x, x.clone()
-        self.hits = torch.ones(len(x), runs, dtype=torch.bool, device=x.device)
+        self.margins = torch.full((len(x), runs), torch.inf, device=x.device)
         self.felled = torch.full((len(x),), -1, device=x.device)
+
+    @property
+    def hits(self) -> Tensor:
+        """In which of the runs each image is right (n, runs)."""
+        return self.margins > 0
 
     @property
     def todo(self) -> Tensor:
         """Indices of the images that were right in a run at least."""
         return torch.nonzero(self.hits.any(1)).flatten()
 
-    def update(self, todo: Tensor, found: Tensor, hits: Tensor, position: int, epsilon: float) -> None:
-        """Take `found`, of the images `todo`, where fewer `hits` are left. ValueError outside the ε-ball or [0, 1]."""
+    def update(self, todo: Tensor, found: Tensor, margins: Tensor, position: int, epsilon: float) -> None:
+        """Take `found`, of the images `todo`, where it is worse. ValueError outside the ε-ball or [0, 1]."""
         far, low, high = (found - self.x[todo]).abs().max().item(), found.min().item(), found.max().item()
         if far > epsilon + 1e-6 or low < 0 or high > 1:
             raise ValueError(
                 f"an attack moved a pixel by {far:g} to [{low:g}, {high:g}]; needed: ε = {epsilon:g}, [0, 1]"
             )
-        worse = hits.sum(1) < self.hits[todo].sum(1)
-        self.images[todo[worse]], self.hits[todo[worse]] = found[worse], hits[worse]
+        fewer = (margins > 0).sum(1) - self.hits[todo].sum(1)
+        worse = (fewer < 0) | (fewer == 0) & (margins.mean(1) < self.margins[todo].mean(1))
+        self.images[todo[worse]], self.margins[todo[worse]] = found[worse], margins[worse]
         lost = 2 * self.hits.sum(1) <= self.hits.shape[1]
         self.felled[lost & (self.felled < 0)] = position
 
@@ -203,7 +198,7 @@ class WorstCase:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """All but `x`, to be kept; `load` takes them back."""
-        return {name: getattr(self, name).cpu() for name in ("images", "hits", "felled")}
+        return {name: getattr(self, name).cpu() for name in ("images", "margins", "felled")}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Go on from `tensors`."""
@@ -243,6 +238,7 @@ def rungs(
         Rung("exact_fixed_noise", "fixed", "bim", long),
         Rung("exact_bim", "exact", "bim", long),
         Rung("exact_apgd_dlr", "exact", "apgd", few | {"loss": "dlr"}),
+        Rung("exact_warm", "exact", "bim", long, warm=True),
     ]
 
 

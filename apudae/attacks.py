@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .classifiers import margin
 from .contracts import as_generator, check_at_least, check_batch, check_whole, frozen
 
 NAMES = ("random", "fgsm", "r_fgsm", "bim", "pgd", "cw", "deepfool")
@@ -75,12 +76,23 @@ def r_fgsm(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float, seed: int 
 
 
 def bim(
-    model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float, step_size: float = 0.01, steps: int | None = None
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    start: Tensor | None = None,
+    *,
+    epsilon: float,
+    step_size: float = 0.01,
+    steps: int | None = None,
 ) -> Tensor:
-    """Basic iterative method (Eq. 7): sign steps of `step_size`, projected each time; ⌊2ε/α + 2⌋ `steps` by default."""
+    """Basic iterative method (Eq. 7): sign steps of `step_size`, projected each time; ⌊2ε/α + 2⌋ `steps` by default.
+
+    From `x`, or from the images `start`, which another attack has found.
+    """
     x = check_attack(model, x, y, epsilon=epsilon, step_size=step_size, steps=steps)
+    start = x if start is None else project(start, x, epsilon)
     with frozen(model):
-        return iterate(model, x, y, x, epsilon, step_size, default_steps(epsilon, step_size, steps))
+        return iterate(model, x, y, start, epsilon, step_size, default_steps(epsilon, step_size, steps))
 
 
 bim_5 = bim_25 = bim  # Table 2's two budgets, in 1/255
@@ -272,13 +284,13 @@ def _cw_descend(
             w = w.detach().requires_grad_()
             image = (torch.tanh(w) + 1) / 2
             length = (image - x[active]).square().flatten(1).sum(1)
-            margin = _margin(model(image), y[active])
-            loss = length + c[active] * (margin + confidence).clamp_min(0)
+            above = margin(model(image), y[active])
+            loss = length + c[active] * (above + confidence).clamp_min(0)
             total = loss.sum()
-        _require_gradient(margin)
+        _require_gradient(above)
         (gradient,) = torch.autograd.grad(total, w)
         with torch.no_grad():
-            better = (margin < 0) & (length < shortest[active])
+            better = (above < 0) & (length < shortest[active])
             best[active[better]], shortest[active[better]] = image[better], length[better]
             first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient.square()
             unbiased = (second / (1 - 0.999**step)).sqrt() + 1e-8
@@ -291,12 +303,6 @@ def _cw_descend(
             if len(active) == 0:
                 break
     return best, shortest
-
-
-def _margin(logits: Tensor, y: Tensor) -> Tensor:
-    """z_y minus the largest other logit: negative where the image is misclassified."""
-    own = F.one_hot(y, logits.shape[1]).bool()
-    return logits[own] - logits.masked_fill(own, -torch.inf).amax(1)
 
 
 def _to_nearest_border(model: nn.Module, x: Tensor, y: Tensor, rivals: Tensor) -> Tensor:

@@ -172,6 +172,12 @@ class _Added(nn.Sequential):
         return x + super().forward(x)
 
 
+def margin(logits: Tensor, y: Tensor) -> Tensor:
+    """z_y minus the largest other logit (n,): negative where the image is misclassified."""
+    own = F.one_hot(y, logits.shape[1]).bool()
+    return logits[own] - logits.masked_fill(own, -torch.inf).amax(1)
+
+
 def is_pretrained(name: str) -> bool:
     """Whether `name` is one for `pretrained`."""
     return name == EFFICIENTNET or name.startswith(("timm:", "torchvision:"))

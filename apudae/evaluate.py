@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import adaptive, attacks
+from .classifiers import margin
 from .contracts import as_generator, check_batch, check_known, frozen
-from .files import RUNS, digest, load_tensors, save_tensors
+from .files import digest, load_tensors, save_tensors
 from .parts import in_halves
 from .purify import Purifier, PurifyConfig, resolve_config
 from .tables import Accuracy as Accuracy  # these names as they stand: notebooks find all of measuring here
@@ -26,6 +27,7 @@ from .tables import main_table as main_table
 from .tables import of_study as of_study
 from .tables import pivot as pivot
 from .tables import published as published
+from .tables import read_attacks as read_attacks
 from .tables import read_results as read_results
 from .tables import record as record
 from .tables import result_row as result_row
@@ -76,6 +78,13 @@ def predict(model: nn.Module, x: Tensor, batch_size: int = 512) -> Tensor:
     return best_labels(model, x, 1, batch_size)[:, 0]
 
 
+@torch.no_grad()
+def margins(model: nn.Module, x: Tensor, y: Tensor, batch_size: int = 512) -> Tensor:
+    """`classifiers.margin` of each image (n,): negative where `model` is wrong."""
+    with frozen(model):
+        return in_batches(lambda *batch: margin(model(batch[0]), batch[1]), x, y, batch_size=batch_size)
+
+
 def captions(model: nn.Module, x: Tensor, classes: list[str]) -> list[str]:
     """What `model` reads in each image, in words; a class without a name by its number."""
     return [f"reads {classes[label] if label < len(classes) else label}" for label in predict(model, x).tolist()]
@@ -104,7 +113,7 @@ def run_attack(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
-    *,
+    *start: Tensor,
     seed: int = 0,
     batch_size: int = 256,
     keep: Path | None = None,
@@ -112,6 +121,7 @@ def run_attack(
 ) -> Tensor:
     """The attack `name` of `apudae.attacks` or `apudae.adaptive` ("clean": none) in batches, with `parameters`.
 
+    `start`, if given, is the images that BIM starts from.
     The ending "_unclipped" names CW and DeepFool without the ε-ball. Attacks with randomness take it from one generator
     for all batches, others do without the `seed`.
     With the folder `keep`, each batch is kept there as it is done, and reused when the same model, attack, parameters
@@ -126,7 +136,7 @@ def run_attack(
     if keep is not None:
         fixed = json.dumps([name, parameters, str(model)], sort_keys=True)
         attack = _kept(attack, keep, name, model, fixed, generator)
-    return in_batches(attack, x, y, batch_size=batch_size, name=name, generator=generator)
+    return in_batches(attack, x, y, *start, batch_size=batch_size, name=name, generator=generator)
 
 
 def _kept(
@@ -220,9 +230,10 @@ def ladder(
                     # a random purifier's draws go on from batch to batch, which a batch that was kept would not know
                     kept = keep if samples == 1 or rung.view == "classifier" else None
                     options = rung.parameters | {"seed": seed, "batch_size": batch_size, "keep": kept}
-                    found = run_attack(rung.attack, views(purifier)[rung.view], x[todo], y[todo], **options)
-                    hits = torch.stack([predict(judge, found, batch_size) == y[todo] for judge in judges], 1)
-                    worst.update(todo, found, hits, position, rung.parameters.get("epsilon", 0))
+                    start = [worst.images[todo]] if rung.warm else []
+                    found = run_attack(rung.attack, views(purifier)[rung.view], x[todo], y[todo], *start, **options)
+                    left = torch.stack([margins(judge, found, y[todo], batch_size) for judge in judges], 1)
+                    worst.update(todo, found, left, position, rung.parameters.get("epsilon", 0))
             parameters = rung.parameters | {"after": position, "eot_samples": samples}
             rows.append(_ladder_row(worst, rung.name, parameters, seconds=watch.seconds, **about, **facts))
             if path:
@@ -242,20 +253,6 @@ def _purifier(dae: nn.Module | None, config: PurifyConfig | nn.Module | None, se
 def _ladder_row(worst: adaptive.WorstCase, attack: str, parameters: dict, **facts: Any) -> dict:
     majority = Accuracy(int((2 * worst.hits.sum(1) > worst.hits.shape[1]).sum()), len(worst.hits))
     return result_row(majority, attack=attack, attack_parameters=parameters, **facts) | worst.spread
-
-
-def read_attacks(run: str, n: int, device: str | torch.device = "cpu") -> tuple[dict[str, Tensor], Tensor, dict]:
-    """The first `n` images under every attack, as notebook 03 of that run wrote them, their labels, and its settings.
-
-    Raises ValueError where they are missing or fewer.
-    """
-    advice = f"notebook 03 writes it: apudae run 03_attacks -p run {run}"
-    tensors, settings = load_tensors(RUNS / run / "attacks.safetensors", advice)
-    if n > len(tensors["labels"]):
-        raise ValueError(f"{n} images asked for; the run {run!r} has {len(tensors['labels'])}; {advice} -p n {n}")
-    settings.setdefault("classes", [str(digit) for digit in range(10)])  # files of before classes were kept
-    attacked = {name: tensors[name][:n].to(device) for name in settings["attacks"]}
-    return attacked, tensors["labels"][:n].to(device), settings
 
 
 def purified_rows(

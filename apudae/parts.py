@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .contracts import check_whole
+from .dae import squared_distance
 
 
 class Draws:
@@ -191,3 +192,18 @@ class Quantised(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return (x * (self.levels - 1)).round() / (self.levels - 1)
+
+
+class Watched(nn.Module):
+    """`classifier`, and beside it the reconstruction error of an image, `errors(x)`: what counter-attack B attacks."""
+
+    def __init__(self, classifier: nn.Module, dae: nn.Module) -> None:
+        super().__init__()
+        self.classifier, self.dae = classifier, dae
+
+    def errors(self, x: Tensor) -> Tensor:
+        """dist of each image (n,), differentiable."""
+        return squared_distance(x, self.dae(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(x)

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from torch import Tensor
 
 from .attacks import PAPER
 from .baselines import ProjectionConfig
-from .files import RESULTS, locked, provenance, written_aside
+from .files import RESULTS, RUNS, load_tensors, locked, provenance, written_aside
 from .purify import PRESETS, PurifyConfig
 
 # a new row replaces the row that agrees in all of these
@@ -243,3 +244,17 @@ def knowing_table(rows: pd.DataFrame) -> pd.DataFrame:
         given = [figures.get(purifier, "" if purifier == "none" else figures.max()) for purifier in cells.index]
         cells.insert(list(cells.columns).index(f"{name} alone") + 1, f"{name} (paper)", given)
     return cells.assign(images=rows.groupby("purifier").n.max()).rename_axis(index=None, columns=None).T
+
+
+def read_attacks(run: str, n: int, device: str | torch.device = "cpu") -> tuple[dict[str, Tensor], Tensor, dict]:
+    """The first `n` images under every attack, as notebook 03 of that run wrote them, their labels, and its settings.
+
+    Raises ValueError where they are missing or fewer.
+    """
+    advice = f"notebook 03 writes it: apudae run 03_attacks -p run {run}"
+    tensors, settings = load_tensors(RUNS / run / "attacks.safetensors", advice)
+    if n > len(tensors["labels"]):
+        raise ValueError(f"{n} images asked for; the run {run!r} has {len(tensors['labels'])}; {advice} -p n {n}")
+    settings.setdefault("classes", [str(digit) for digit in range(10)])  # files of before classes were kept
+    attacked = {name: tensors[name][:n].to(device) for name in settings["attacks"]}
+    return attacked, tensors["labels"][:n].to(device), settings

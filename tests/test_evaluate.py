@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import images, linear_classifier, tiny_dae
 
-from apudae import PRESETS, attacks, evaluate
+from apudae import PRESETS, attacks, evaluate, tables
 from apudae.evaluate import Accuracy, accuracy, in_batches, predict, record, result_row, run_attack
 from apudae.files import save_tensors
 from apudae.purify import purify
@@ -331,7 +331,7 @@ def test_kept_attack_is_reused_batch_by_batch_and_equals_an_undisturbed_run(tmp_
 
 @pytest.mark.parametrize("kept", [{"classes": ["ant", "bee"]}, {}])
 def test_attacks_come_with_the_names_of_their_classes(tmp_path, monkeypatch, kept):
-    monkeypatch.setattr(evaluate, "RUNS", tmp_path)
+    monkeypatch.setattr(tables, "RUNS", tmp_path)
     tensors = {"labels": torch.tensor([0, 1]), "clean": images(2, 1, 3, 3)}
     save_tensors(tmp_path / "there" / "attacks.safetensors", tensors, {"attacks": ["clean"], **kept})
     _, _, settings = evaluate.read_attacks("there", 2)

@@ -11,6 +11,7 @@ from torch import nn
 
 from apudae import PRESETS, Purifier, adaptive, attacks, evaluate
 from apudae.adaptive import Rung
+from apudae.classifiers import margin
 from apudae.evaluate import ladder, predict
 from apudae.parts import Quantised
 
@@ -74,8 +75,33 @@ def test_white_box_is_never_weaker(name, classifier, cnn, dae, digits):
     assert left["knowing"] <= left["blind"]
 
 
-def rung(name, attack, view="classifier", **parameters):
-    return Rung(name, view, attack, parameters)
+def rung(name, attack, view="classifier", warm=False, **parameters):
+    return Rung(name, view, attack, parameters, warm)
+
+
+def test_a_warm_rung_goes_on_from_the_worst_images(classifier, few):
+    """Two rungs of three steps are one of six, where the second is warm; a cold one finds what the first has found."""
+    x, y = few
+    step = {"epsilon": 0.04, "step_size": 0.005}
+    first, six = rung("first", "bim", steps=3, **step), attacks.bim(classifier, x, y, steps=6, **step)
+    cold, warm = (
+        ladder(classifier, None, None, x, y, [first, rung("next", "bim", steps=3, warm=warm, **step)], **FACTS)
+        for warm in (False, True)
+    )
+    stands = (warm.record.felled_by != "first").to_numpy() & (warm.record.felled_by != "clean").to_numpy()
+    assert stands.any()
+    assert torch.equal(cold.images[stands], attacks.bim(classifier, x, y, steps=3, **step)[stands])
+    assert torch.equal(warm.images[stands], six[stands])
+    lower = evaluate.margins(classifier, warm.images, y) - evaluate.margins(classifier, cold.images, y)
+    assert (lower <= 0).all()
+    assert (lower[stands] < 0).all()
+
+
+def test_a_margin_is_negative_where_the_classifier_is_wrong(classifier, digits):
+    x, y = digits
+    x = attacks.fgsm(classifier, x, y, epsilon=0.1)
+    assert ((evaluate.margins(classifier, x, y) > 0) == (predict(classifier, x) == y)).all()
+    assert margin(torch.tensor([[1.0, 5, 2], [4, 1, 3]]), torch.tensor([1, 2])).tolist() == [3, -1]
 
 
 def test_what_has_fallen_leaves_the_work(classifier, few, monkeypatch):
