@@ -61,7 +61,7 @@ def test_rows_and_record_agree_with_the_images(name, classifier, cnn, dae, digit
     assert set(found.record.felled_by) <= {*names, ""}
 
 
-@pytest.mark.parametrize("name", ["A", "E"])
+@pytest.mark.parametrize("name", ["direct", *"ABCDEFG"])
 def test_white_box_is_never_weaker(name, classifier, cnn, dae, digits):
     """Each ladder on its own, 100 digits; three larger steps for fifteen, so that it takes seconds."""
     config, (x, y) = replace(PRESETS[name], steps=3, step_size=0.05), (tensor[:100] for tensor in digits)
@@ -69,7 +69,7 @@ def test_white_box_is_never_weaker(name, classifier, cnn, dae, digits):
     blind = [rung for rung in every if rung.view in ("classifier", "other", "black_box")]
     knowing = [rung for rung in every if rung.name in ("counter_attack_a", "bpda_identity", "bpda_apgd_dlr")]
     left = {
-        kind: ladder(classifier, dae, config, x, y, chosen, other=cnn, **FACTS).rows[-1]["correct"]
+        kind: ladder(classifier, dae, config, x, y, chosen, other=cnn, samples=2, runs=3, **FACTS).rows[-1]["correct"]
         for kind, chosen in {"blind": blind, "knowing": knowing}.items()
     }
     assert left["knowing"] <= left["blind"]
