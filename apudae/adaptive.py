@@ -79,7 +79,8 @@ def apgd(
     options = {"n_iter": steps, "loss": loss, "seed": drawn, "device": x.device, "logger": logging.getLogger("apgd")}
     options["logger"].setLevel(logging.ERROR)  # of zero gradients, which are why there are other rungs
     with frozen(model), torch.random.fork_rng():
-        return project(APGDAttack(model, eps=epsilon, **options).perturb(x, y), x, epsilon)
+        found = APGDAttack(model, eps=epsilon, **options).perturb(x, y)
+    return project(found.detach(), x, epsilon)
 
 
 def counter_attack_b(

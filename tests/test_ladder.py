@@ -51,6 +51,7 @@ def test_rows_and_record_agree_with_the_images(name, classifier, cnn, dae, digit
     assert {row["runs"] for row in found.rows} == {3 if name == "F" else 1}
     assert {json.loads(row["attack_parameters"])["eot_samples"] for row in found.rows} == {2 if name == "F" else 1}
     assert (found.images - x).abs().max() <= 0.1 + 1e-6
+    assert not found.images.requires_grad
     if name != "F":
         assert (
             found.record.runs_right.tolist()
