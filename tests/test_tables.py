@@ -71,6 +71,12 @@ def test_a_classifier_trained_on_attacks_is_a_column_without_a_goal(rows):
     assert table.loc["pgd", "adversarial"] == str(Accuracy(100, 1000))
 
 
+def test_an_attack_of_another_size_is_no_cell_of_the_table(rows):
+    sizes = [row("adversarial", "pgd", right, dae="", parameters={"epsilon": e}) for e, right in [(0.1, 90), (0.2, 10)]]
+    table = main_table(pd.concat([of_study(rows, **STUDY), pd.DataFrame(sizes)]))[1]
+    assert table.loc["pgd", "adversarial"] == str(Accuracy(90, 1000))
+
+
 def test_rungs_stand_in_the_table_of_attackers_who_know(rows):
     knowing = [
         row("A", "clean", 99, n=100, config=A, parameters={"after": 0}),
