@@ -31,6 +31,7 @@ from .tables import read_attacks as read_attacks
 from .tables import read_results as read_results
 from .tables import record as record
 from .tables import result_row as result_row
+from .tables import side_by_side as side_by_side
 from .tables import with_interval as with_interval
 
 MANY_CLASSES, BEST = 100, (5, 10)  # from so many classes on, top-5 and top-10 are counted too

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from .attacks import PAPER, family
+from .attacks import PAPER, UNCLIPPED, family
 from .baselines import ProjectionConfig
 from .files import RESULTS, RUNS, load_tensors, locked, provenance, written_aside
 from .purify import PRESETS, PurifyConfig
@@ -256,6 +256,24 @@ def knowing_table(rows: pd.DataFrame) -> pd.DataFrame:
         given = [figures.get(purifier, "" if purifier == "none" else figures.max()) for purifier in cells.index]
         cells.insert(list(cells.columns).index(f"{name} alone") + 1, f"{name} (paper)", given)
     return cells.assign(images=rows.groupby("purifier").n.max()).rename_axis(index=None, columns=None).T
+
+
+def side_by_side(rows: pd.DataFrame, known: pd.DataFrame) -> pd.DataFrame:
+    """Of each purifier: clean images, its lowest row of the gray box, and what attackers who know it leave.
+
+    `rows` and `known` are rows `of_study`; the first without attacks that leave the ε-ball, the second the ladder's.
+    """
+    gray = main_table(rows)[0]
+    lowest = gray[~gray.attack.str.contains(UNCLIPPED) & ~gray.attack.isin(["clean", "random", "counter_attack_a"])]
+    lowest = lowest.loc[lowest.groupby("purifier", sort=False).accuracy.idxmin()]
+    last = known[(known.attack == "worst_case") & _of_ladder(known)].sort_values(
+        ["n", "accuracy"], ascending=[False, True]
+    )
+    parts = {"clean": gray[gray.attack == "clean"], "gray box": lowest, "worst case": last}
+    parts = {name: part.drop_duplicates("purifier").set_index("purifier") for name, part in parts.items()}
+    cells = pd.DataFrame({name: with_interval(part) for name, part in parts.items()}, gray.purifier.unique())
+    cells.insert(1, "weakest against", parts["gray box"].attack)
+    return cells.assign(images=parts["worst case"].n.astype("Int64")).astype(object).fillna("–")
 
 
 def read_attacks(run: str, n: int, device: str | torch.device = "cpu") -> tuple[dict[str, Tensor], Tensor, dict]:

@@ -11,7 +11,7 @@ from torch import nn
 import apudae
 from apudae import evaluate, files
 from apudae.data import take
-from apudae.evaluate import Accuracy, knowing_table, main_table, of_study, result_row
+from apudae.evaluate import Accuracy, knowing_table, main_table, of_study, result_row, side_by_side
 
 STUDY = {"classifier": "mnist/classifier", "dae": "mnist/dae", "steps": [15, 12], "step_size": 0.01}
 
@@ -104,9 +104,27 @@ def test_counter_attacks_alone_make_no_columns_of_a_ladder(rows):
     assert table.index.tolist() == ["A alone", "A (paper)", "B alone", "B (paper)", "worst_case", "images"]
 
 
+def test_gray_box_and_worst_case_stand_side_by_side(rows):
+    further = [
+        row("A", "cw_unclipped", 5, config=A, parameters={"epsilon": "inf"}),
+        row("A", "counter_attack_a", 5, config=A),
+        row("A", "worst_case", 60, n=100, config=A, parameters={"rungs": []}),
+        row("A", "worst_case", 99, n=200, config=A, parameters={"rungs": [], "queries": 10}),
+        row("A", "worst_case", 90, n=200, config=A, parameters={"rungs": [], "queries": 20}),
+    ]
+    own = of_study(pd.concat([rows, pd.DataFrame(further)], ignore_index=True), **STUDY)
+    table = side_by_side(own, own)
+    cells = [str(Accuracy(980, 1000)), "fgsm", str(Accuracy(700, 1000)), str(Accuracy(90, 200)), 200]
+    assert table.loc["A"].tolist() == cells, "inside the ball, of the gray box; of the most images the lower one"
+    assert table.loc["none", "gray box"] == str(Accuracy(130, 1000))
+    assert table.loc["none", "worst case"] == "–", "not measured"
+    assert table.loc["A (n = 12)", "gray box"] == "–"
+
+
 def test_tables_without_rows_are_empty(rows):
     none = of_study(rows, **STUDY | {"classifier": "mnist/unknown"})
     assert main_table(none)[1].empty
+    assert side_by_side(none, none).empty
     assert knowing_table(none).drop(index="images").empty or knowing_table(none).columns.empty
 
 
