@@ -261,17 +261,16 @@ def knowing_table(rows: pd.DataFrame) -> pd.DataFrame:
 def side_by_side(rows: pd.DataFrame, known: pd.DataFrame) -> pd.DataFrame:
     """Of each purifier: clean images, its lowest row of the gray box, and what attackers who know it leave.
 
-    `rows` and `known` are rows `of_study`; the first without attacks that leave the ε-ball, the second the ladder's.
+    `rows` and `known` (with the ladder's) are rows `of_study`. Attacks that leave the ε-ball do not count.
     """
     gray = main_table(rows)[0]
     lowest = gray[~gray.attack.str.contains(UNCLIPPED) & ~gray.attack.isin(["clean", "random", "counter_attack_a"])]
     lowest = lowest.loc[lowest.groupby("purifier", sort=False).accuracy.idxmin()]
-    last = known[(known.attack == "worst_case") & _of_ladder(known)].sort_values(
-        ["n", "accuracy"], ascending=[False, True]
-    )
+    last = known[known.attack == "worst_case"].sort_values(["n", "accuracy"], ascending=[False, True])
     parts = {"clean": gray[gray.attack == "clean"], "gray box": lowest, "worst case": last}
     parts = {name: part.drop_duplicates("purifier").set_index("purifier") for name, part in parts.items()}
-    cells = pd.DataFrame({name: with_interval(part) for name, part in parts.items()}, gray.purifier.unique())
+    purifiers = dict.fromkeys([*gray.purifier, *last.purifier])
+    cells = pd.DataFrame({name: with_interval(part) for name, part in parts.items()}, list(purifiers))
     cells.insert(1, "weakest against", parts["gray box"].attack)
     return cells.assign(images=parts["worst case"].n.astype("Int64")).astype(object).fillna("–")
 

@@ -111,6 +111,7 @@ def test_gray_box_and_worst_case_stand_side_by_side(rows):
         row("A", "worst_case", 60, n=100, config=A, parameters={"rungs": []}),
         row("A", "worst_case", 99, n=200, config=A, parameters={"rungs": [], "queries": 10}),
         row("A", "worst_case", 90, n=200, config=A, parameters={"rungs": [], "queries": 20}),
+        row("D", "worst_case", 80, n=100, config=apudae.PRESETS["D"], parameters={"rungs": []}),
     ]
     own = of_study(pd.concat([rows, pd.DataFrame(further)], ignore_index=True), **STUDY)
     table = side_by_side(own, own)
@@ -119,6 +120,7 @@ def test_gray_box_and_worst_case_stand_side_by_side(rows):
     assert table.loc["none", "gray box"] == str(Accuracy(130, 1000))
     assert table.loc["none", "worst case"] == "–", "not measured"
     assert table.loc["A (n = 12)", "gray box"] == "–"
+    assert table.loc["D"].tolist() == ["–", "–", "–", str(Accuracy(80, 100)), 100], "the ladder alone is shown, too"
 
 
 def test_tables_without_rows_are_empty(rows):
