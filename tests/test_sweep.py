@@ -166,7 +166,7 @@ def test_shipped_sweep_files_are_sound(name):
     resolved = sweep.read_sweep(ROOT / "workflow" / "config" / f"{name}.yaml")
     assert resolved["order"][-1] == "tables"
     assert resolved["order"].index("attacks") < resolved["order"].index("purify_a") < resolved["order"].index("results")
-    others = {"cifar10-jpeg": {"cifar10-jpeg/adversarial"}}.get(name, set())  # attacks on another classifier
+    others = {f"{name}/adversarial", f"{name}/fig2"} if name == "cifar10-jpeg" else set()  # own classifier, own images
     assert {step["parameters"]["run"] for step in resolved["steps"].values()} == {name, f"{name}/held_out"} | others
     assert "tables" not in resolved["merged"]
 
