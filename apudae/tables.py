@@ -258,12 +258,12 @@ def knowing_table(rows: pd.DataFrame) -> pd.DataFrame:
     return cells.assign(images=rows.groupby("purifier").n.max()).rename_axis(index=None, columns=None).T
 
 
-def side_by_side(rows: pd.DataFrame, known: pd.DataFrame) -> pd.DataFrame:
+def side_by_side(gray: pd.DataFrame, known: pd.DataFrame) -> pd.DataFrame:
     """Of each purifier: clean images, its lowest row of the gray box, and what attackers who know it leave.
 
-    `rows` and `known` (with the ladder's) are rows `of_study`. Attacks that leave the ε-ball do not count.
+    `gray` is the rows of `main_table`, `known` rows `of_study` with the ladder's. Attacks that leave the ε-ball do not
+    count.
     """
-    gray = main_table(rows)[0]
     lowest = gray[~gray.attack.str.contains(UNCLIPPED) & ~gray.attack.isin(["clean", "random", "counter_attack_a"])]
     lowest = lowest.loc[lowest.groupby("purifier", sort=False).accuracy.idxmin()]
     last = known[known.attack == "worst_case"].sort_values(["n", "accuracy"], ascending=[False, True])

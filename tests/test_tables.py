@@ -114,7 +114,7 @@ def test_gray_box_and_worst_case_stand_side_by_side(rows):
         row("D", "worst_case", 80, n=100, config=apudae.PRESETS["D"], parameters={"rungs": []}),
     ]
     own = of_study(pd.concat([rows, pd.DataFrame(further)], ignore_index=True), **STUDY)
-    table = side_by_side(own, own)
+    table = side_by_side(main_table(own)[0], own)
     cells = [str(Accuracy(980, 1000)), "fgsm", str(Accuracy(700, 1000)), str(Accuracy(90, 200)), 200]
     assert table.loc["A"].tolist() == cells, "inside the ball, of the gray box; of the most images the lower one"
     assert table.loc["none", "gray box"] == str(Accuracy(130, 1000))
@@ -126,7 +126,7 @@ def test_gray_box_and_worst_case_stand_side_by_side(rows):
 def test_tables_without_rows_are_empty(rows):
     none = of_study(rows, **STUDY | {"classifier": "mnist/unknown"})
     assert main_table(none)[1].empty
-    assert side_by_side(none, none).empty
+    assert side_by_side(main_table(none)[0], none).empty
     assert knowing_table(none).drop(index="images").empty or knowing_table(none).columns.empty
 
 
