@@ -16,11 +16,11 @@ from torch import nn
 from .baselines import Generator, MagNet
 from .classifiers import CNN, MLP, PRETRAINED, ResNet, ResNet8, StridedCNN, is_pretrained, pretrained
 from .contracts import check_known
-from .dae import DAE, UNet
+from .dae import DAE, ResidualUNet, UNet
 from .files import CHECKPOINTS, provenance, written_aside
 
 ARCHITECTURES = {"mlp": MLP, "cnn": CNN, "strided_cnn": StridedCNN, "resnet": ResNet, "resnet8": ResNet8}
-ARCHITECTURES |= {"dae": DAE, "unet": UNet, "magnet": MagNet, "generator": Generator}
+ARCHITECTURES |= {"dae": DAE, "unet": UNet, "residual_unet": ResidualUNet, "magnet": MagNet, "generator": Generator}
 
 
 def save_model(path: str | Path, model: nn.Module, *, half: bool = False, **facts: Any) -> None:

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from apudae import load_model, recon_error
 from apudae.checkpoints import save_model
-from apudae.dae import DAE, UNet, calibrate
+from apudae.dae import DAE, ResidualUNet, UNet, calibrate
 
 
 @pytest.mark.parametrize(("shape", "weights"), [((1, 5, 64), 297_793), ((3, 15, 64), 1_041_219)])
@@ -14,11 +14,12 @@ def test_weight_count_is_the_papers(shape, weights):
     assert sum(weight.numel() for weight in DAE(*shape).parameters()) == weights
 
 
-def test_weight_count_of_the_unet_is_that_of_laine():
+def test_weight_counts_of_the_unets():
     assert sum(weight.numel() for weight in UNet(3, 5, 48).parameters()) == 1_102_371
+    assert sum(weight.numel() for weight in ResidualUNet(3, 3, 64).parameters()) == 4_178_572
 
 
-@pytest.mark.parametrize("kind", [DAE, UNet])
+@pytest.mark.parametrize("kind", [DAE, UNet, ResidualUNet])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("depth", [1, 2, 5])
 def test_starts_as_the_identity(kind, depth, training):
@@ -36,9 +37,10 @@ def test_keeps_every_shape(channels, height, width, depth):
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 40), st.integers(1, 40), st.integers(1, 5))
-def test_unet_keeps_every_shape(channels, height, width, depth):
-    output = UNet(channels, depth, 2)(images(2, channels, height, width))
-    assert output.shape == (2, channels, height, width)
+def test_unets_keep_every_shape(channels, height, width, depth):
+    for kind in (UNet, ResidualUNet):
+        output = kind(channels, depth, 2)(images(2, channels, height, width))
+        assert output.shape == (2, channels, height, width)
 
 
 def tiny_unet(channels=3, depth=2, width=4):
@@ -146,7 +148,7 @@ def test_calibration_needs_two_images():
 
 
 @pytest.mark.parametrize("function", [recon_error, lambda dae, x: dae(x), calibrate])
-@pytest.mark.parametrize("kind", [DAE, UNet])
+@pytest.mark.parametrize("kind", [DAE, UNet, ResidualUNet])
 def test_wrong_channels_are_named(function, kind):
     with pytest.raises(ValueError, match=r"\(2, 3, 8, 8\).*\(n, 1, height, width\)"):
         function(kind(1, 5, 4), images(2, 3, 8, 8))
