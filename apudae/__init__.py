@@ -13,11 +13,12 @@ The contracts, stated once:
 - Wrong input raises ValueError: what was given, what is needed and, for a name, what there is.
 """
 
+from . import compat  # noqa: F401, I001  first: torchvision can be imported after it
 from . import attacks
 from .checkpoints import load_model
-from .dae import recon_error
-from .data import load_dataset
-from .purify import PRESETS, Purifier, PurifyConfig, purify, trajectory
+from .datasets import load_dataset
+from .models import recon_error
+from .purification import PRESETS, Purifier, PurifyConfig, purify, trajectory
 
 __all__ = [
     "PRESETS",

@@ -13,11 +13,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .baselines import Generator, MagNet
-from .classifiers import CNN, MLP, PRETRAINED, ResNet, ResNet8, StridedCNN, is_pretrained, pretrained
+from .baselines.defense_gan import Generator
+from .baselines.magnet import MagNet
 from .contracts import check_known
-from .dae import DAE, ResidualUNet, UNet
 from .files import CHECKPOINTS, provenance, written_aside
+from .models.autoencoders import DAE, ResidualUNet, UNet
+from .models.classifiers import CNN, MLP, ResNet, ResNet8, StridedCNN
+from .models.pretrained import PRETRAINED, is_pretrained, pretrained
 
 ARCHITECTURES = {"mlp": MLP, "cnn": CNN, "strided_cnn": StridedCNN, "resnet": ResNet, "resnet8": ResNet8}
 ARCHITECTURES |= {"dae": DAE, "unet": UNet, "residual_unet": ResidualUNet, "magnet": MagNet, "generator": Generator}

@@ -1,4 +1,4 @@
-"""Where things lie, how they are written (aside, then moved into place), and where a result came from."""
+"""Paths, how files are written (aside, then moved into place), locks, and where a result came from."""
 
 import fcntl
 import hashlib
@@ -66,50 +66,41 @@ def load_tensors(path: Path, advice: str) -> tuple[dict[str, Tensor], Any]:
         raise ValueError(f"{path} is broken ({error}); {advice}") from error
 
 
-def keep_training(
-    state: Path | None, networks: nn.Module, optimizer: torch.optim.Optimizer, identity: dict, curve: list
-) -> None:
-    """Write weights, optimiser, `identity` (whose training it is) and curve to the file `state`; None: do not."""
-    if state is None:
-        return
-    tensors = {name: tensor.contiguous() for name, tensor in networks.state_dict().items()}
-    for index, values in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": value.contiguous() for name, value in values.items()}
-    with written_aside(state) as aside:
-        save_file(tensors, aside, metadata={"identity": json.dumps(identity), "curve": json.dumps(curve)})
+def fingerprint(*things: Any) -> str:
+    """A short name for what decides a result: text, numbers, configurations, tensors, generators and models.
 
-
-def restore_training(
-    state: Path | None, networks: nn.Module, optimizer: torch.optim.Optimizer, identity: dict
-) -> tuple[int, list[dict[str, float]]]:
-    """Load what `keep_training` wrote: the steps done and the curve. ValueError if it is another training's."""
-    if state is None or not state.is_file():
-        return 0, []
-    with safe_open(state, framework="pt", device=str(next(networks.parameters()).device)) as kept:
-        if json.loads(kept.metadata()["identity"]) != json.loads(json.dumps(identity)):
-            raise ValueError(
-                f"{state} belongs to another training ({kept.metadata()['identity']}); "
-                "give another run folder, or delete this one to start over"
-            )
-        weights, moments = {}, {}
-        for key in kept.keys():  # noqa: SIM118  safe_open is no mapping
-            if not key.startswith("optimizer."):
-                weights[key] = kept.get_tensor(key)
-            else:
-                _, index, name = key.split(".", 2)
-                moments.setdefault(int(index), {})[name] = kept.get_tensor(key)
-        curve = json.loads(kept.metadata()["curve"])
-    networks.load_state_dict(weights)
-    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    return curve[-1]["step"], curve
-
-
-def digest(tensors: list[Tensor], text: str) -> str:
-    """A short name for these tensors and this text."""
-    found = hashlib.sha256(text.encode())
-    for tensor in tensors:
-        found.update(tensor.contiguous().numpy().tobytes())
+    Of a model: the class of each of its parts, its mode and public attributes, and all weights and buffers.
+    """
+    found = hashlib.sha256()
+    for thing in things:
+        _feed(found, thing)
     return found.hexdigest()[:20]
+
+
+def _feed(found: Any, thing: Any) -> None:
+    found.update(f"{type(thing).__module__}.{type(thing).__qualname__}:".encode())
+    if isinstance(thing, Tensor):
+        found.update(f"{thing.dtype}{tuple(thing.shape)}".encode())
+        found.update(thing.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    elif isinstance(thing, nn.Module):
+        for name, part in thing.named_modules():
+            public = {key: value for key, value in vars(part).items() if not key.startswith("_")}
+            _feed(found, (name, f"{type(part).__module__}.{type(part).__qualname__}", public))
+        _feed(found, [*thing.named_parameters(), *thing.named_buffers()])
+    elif isinstance(thing, torch.Generator):
+        _feed(found, thing.get_state())
+    elif isinstance(thing, dict):
+        _feed(found, [*thing.items()])
+    elif isinstance(thing, list | tuple):
+        found.update(f"{len(thing)}".encode())
+        for each in thing:
+            _feed(found, each)
+    elif isinstance(thing, type) or (callable(thing) and hasattr(thing, "__qualname__")):
+        found.update(f"{thing.__module__}.{thing.__qualname__}".encode())
+    elif hasattr(thing, "__dict__") and not isinstance(thing, Path):
+        _feed(found, vars(thing))
+    else:
+        found.update(repr(thing).encode())
 
 
 def provenance() -> dict[str, str]:

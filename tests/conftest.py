@@ -5,14 +5,14 @@ import torch
 from torch import Tensor, nn
 
 import apudae
-from apudae import data
-from apudae.dae import DAE
+from apudae.datasets import take
+from apudae.models import DAE
 
 
 @pytest.fixture(scope="session")
 def digits():
     """200 held-out digits, 20 of each class, and their labels."""
-    return data.take(apudae.load_dataset("mnist5k", "test"), 200)
+    return take(apudae.load_dataset("mnist5k", "test"), 200)
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,12 @@ import torch
 from conftest import LinearDAE, images, linear_classifier, set_gradients, snapshot, tiny_dae
 from torch import nn
 
-from apudae import Purifier, PurifyConfig, adaptive, attacks, trajectory
-from apudae.evaluate import accuracy, run_attack
+from apudae import Purifier, PurifyConfig, attacks, trajectory
+from apudae.attacks import ATTACKS, ClassifierWithReconstructionError, apgd, counter_attack_b, square
+from apudae.attacks.autoattack import autoattack
+from apudae.evaluation.accuracy import accuracy
+from apudae.evaluation.grid import run_attack
+from apudae.evaluation.surrogates import BPDA, EOT, FixedNoise, Trajectory
 
 both = pytest.mark.parametrize(
     ("name", "options"),
@@ -22,7 +26,7 @@ X, Y = images(6, 1, 4, 4), torch.tensor([0, 1, 2] * 2)
 def test_contract(name, options):
     model = linear_classifier(16, classes=12).train()
     before, x, state = set_gradients(model), X.clone(), torch.random.get_rng_state()
-    found = getattr(adaptive, name)(model, x, Y, epsilon=0.1, **options)
+    found = ATTACKS[name](model, x, Y, epsilon=0.1, **options)
     assert (found - X).abs().max() <= 0.1 + 1e-6
     assert found.min() >= 0
     assert found.max() <= 1
@@ -34,13 +38,13 @@ def test_contract(name, options):
 
 @both
 def test_epsilon_zero_returns_the_input(name, options):
-    assert torch.equal(getattr(adaptive, name)(linear_classifier(16, 12), X, Y, epsilon=0, **options), X)
+    assert torch.equal(ATTACKS[name](linear_classifier(16, 12), X, Y, epsilon=0, **options), X)
 
 
 @both
 def test_a_batch_of_one_and_one_that_is_misclassified_already(name, options, classifier, digits):
     x, y = digits[0][:1], (digits[1][:1] + 1) % 10
-    found = getattr(adaptive, name)(classifier, x, y, epsilon=0.1, **options)
+    found = ATTACKS[name](classifier, x, y, epsilon=0.1, **options)
     assert (classifier(found).argmax(1) != y).all()
 
 
@@ -48,7 +52,7 @@ def test_a_batch_of_one_and_one_that_is_misclassified_already(name, options, cla
 def test_seeds_repeat(name, options, classifier, digits):
     x, y = digits[0][:4], digits[1][:4]
     options = options | {"version": "rand"} if name == "autoattack" else options
-    attack = getattr(adaptive, name)
+    attack = ATTACKS[name]
     first = attack(classifier, x, y, epsilon=0.1, seed=1, **options)
     assert torch.equal(attack(classifier, x, y, epsilon=0.1, seed=1, **options), first)
     assert not torch.equal(attack(classifier, x, y, epsilon=0.1, seed=2, **options), first)
@@ -70,31 +74,30 @@ def test_seeds_repeat(name, options, classifier, digits):
 def test_bad_input_is_named(name, options, bad, message):
     arguments = {"x": X, "y": Y, "epsilon": 0.1} | bad
     with pytest.raises(ValueError, match=message):
-        getattr(adaptive, name)(
-            linear_classifier(16, 12), arguments.pop("x"), arguments.pop("y"), **arguments, **options
-        )
+        ATTACKS[name](linear_classifier(16, 12), arguments.pop("x"), arguments.pop("y"), **arguments, **options)
 
 
 def test_few_classes_are_named():
     with pytest.raises(ValueError, match="3 classes"):
-        adaptive.autoattack(linear_classifier(16, 3), X, Y, epsilon=0.1)
-    found = adaptive.autoattack(linear_classifier(16, 5), X, Y, epsilon=0.1)
+        autoattack(linear_classifier(16, 3), X, Y, epsilon=0.1)
+    found = autoattack(linear_classifier(16, 5), X, Y, epsilon=0.1)
     assert found.shape == X.shape
 
 
 def test_bad_options_are_named():
     with pytest.raises(ValueError, match="ce, dlr"):
-        adaptive.apgd(linear_classifier(16, 12), X, Y, epsilon=0.1, loss="margin")
+        apgd(linear_classifier(16, 12), X, Y, epsilon=0.1, loss="margin")
     with pytest.raises(ValueError, match="standard, rand"):
-        adaptive.autoattack(linear_classifier(16, 12), X, Y, epsilon=0.1, version="plus")
+        autoattack(linear_classifier(16, 12), X, Y, epsilon=0.1, version="plus")
     with pytest.raises(ValueError, match="queries"):
-        adaptive.square(linear_classifier(16, 12), X, Y, epsilon=0.1, queries=0)
+        square(linear_classifier(16, 12), X, Y, epsilon=0.1, queries=0)
 
 
 def test_strength_on_the_shipped_classifier(classifier, digits):
     x, y = digits[0][:40], digits[1][:40]
+    settings = attacks.attack_settings("mnist")
     reached = {
-        name: accuracy(classifier, run_attack(name, classifier, x, y, **attacks.PAPER["mnist"][name]), y).correct
+        name: accuracy(classifier, run_attack(name, classifier, x, y, **settings[name]), y).correct
         for name in ("random", "pgd", "square", "autoattack")
     }
     assert reached["autoattack"] <= min(reached["pgd"], reached["square"])
@@ -112,10 +115,10 @@ def gradient_of(model, x):
 def test_expectation_of_a_deterministic_model_is_the_model():
     model, x = linear_classifier(16, 12), images(5, 1, 4, 4)
     for samples in (1, 2, 4, 8):
-        assert torch.equal(adaptive.EOT(model, samples)(x), model(x))
-        torch.testing.assert_close(gradient_of(adaptive.EOT(model, samples), x), gradient_of(model, x))
+        assert torch.equal(EOT(model, samples)(x), model(x))
+        torch.testing.assert_close(gradient_of(EOT(model, samples), x), gradient_of(model, x))
     with pytest.raises(ValueError, match="samples is 0"):
-        adaptive.EOT(model, 0)
+        EOT(model, 0)
 
 
 def test_expectation_and_fixed_noise_of_a_random_model():
@@ -125,9 +128,9 @@ def test_expectation_and_fixed_noise_of_a_random_model():
     purifier = Purifier(dae, PurifyConfig(steps=2, noise_std=0.1), "exact")
     model = nn.Sequential(purifier, linear_classifier(64, 5))
     single = torch.stack([model(x) for _ in range(20)])
-    many = torch.stack([adaptive.EOT(model, 16)(x) for _ in range(20)])
+    many = torch.stack([EOT(model, 16)(x) for _ in range(20)])
     assert many.std(0).mean() < 0.5 * single.std(0).mean()
-    fixed = adaptive.FixedNoise(model, purifier)
+    fixed = FixedNoise(model, purifier)
     assert torch.equal(fixed(x), fixed(x))
     assert not torch.equal(model(x), model(x))
 
@@ -135,17 +138,17 @@ def test_expectation_and_fixed_noise_of_a_random_model():
 def test_bpda_has_the_value_of_one_and_the_gradient_of_the_other():
     purifier, stand_in, x = nn.Threshold(0.5, 0), linear_classifier(16, 16), images(3, 1, 4, 4)
     shaped = nn.Sequential(stand_in, nn.Unflatten(1, (1, 4, 4)))
-    assert torch.equal(adaptive.BPDA(purifier, shaped)(x), purifier(x))
+    assert torch.equal(BPDA(purifier, shaped)(x), purifier(x))
     above = 2 * purifier(x).flatten(1)
-    torch.testing.assert_close(gradient_of(adaptive.BPDA(purifier, shaped), x).flatten(1), above @ stand_in[1].weight)
-    torch.testing.assert_close(gradient_of(adaptive.BPDA(purifier), x).flatten(1), above)
+    torch.testing.assert_close(gradient_of(BPDA(purifier, shaped), x).flatten(1), above @ stand_in[1].weight)
+    torch.testing.assert_close(gradient_of(BPDA(purifier), x).flatten(1), above)
 
 
 def test_trajectory_has_the_mean_gradient_of_all_iterates():
     dae, x = LinearDAE(16), images(3, 1, 4, 4, low=0.3, high=0.7, dtype=torch.float64)
     classifier = nn.Sequential(nn.Flatten(), nn.Linear(16, 5, dtype=torch.float64), nn.Tanh())
     config = PurifyConfig(steps=3, step_size=0.02)
-    model = adaptive.Trajectory(Purifier(dae, config), classifier)
+    model = Trajectory(Purifier(dae, config), classifier)
     path = [step.images for step in trajectory(dae, x, config)]
     assert torch.equal(model(x), classifier(path[-1]))
     above = 2 * classifier(path[-1])
@@ -190,10 +193,10 @@ def test_memory_of_the_exact_gradient_hardly_grows():
 def test_counter_attack_b():
     dae, model = LinearDAE(16), linear_classifier(16, 5, dtype=torch.float64)
     x = images(6, 1, 4, 4, low=0.3, high=0.7, dtype=torch.float64)
-    y, watched = model(x).argmax(1), adaptive.Watched(model, dae)
+    y, watched = model(x).argmax(1), ClassifierWithReconstructionError(model, dae)
     before, found = set_gradients(watched), {}
     for beta in (0.0, 1.0, 100.0):
-        found[beta] = adaptive.counter_attack_b(watched, x, y, epsilon=0.1, beta=beta)
+        found[beta] = counter_attack_b(watched, x, y, epsilon=0.1, beta=beta)
         assert (found[beta] - x).abs().max() <= 0.1 + 1e-6
     assert snapshot(watched) == before
     assert torch.equal(found[0.0], attacks.bim(model, x, y, epsilon=0.1))
@@ -201,7 +204,7 @@ def test_counter_attack_b():
     assert errors[0] > errors[1] >= errors[2]
     assert errors[2] < watched.errors(x).sum()
     with pytest.raises(ValueError, match="beta is -1"):
-        adaptive.counter_attack_b(watched, x, y, epsilon=0.1, beta=-1)
+        counter_attack_b(watched, x, y, epsilon=0.1, beta=-1)
 
 
 def test_the_exact_gradient_is_of_use(dae, classifier, digits):

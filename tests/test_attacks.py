@@ -10,9 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from apudae import Purifier, attacks, evaluate
-from apudae.evaluate import accuracy
+from apudae import Purifier, attacks
+from apudae.datasets import DATASETS
+from apudae.evaluation.accuracy import accuracy
+from apudae.evaluation.grid import run_attack
 
+OURS = [name for name, function in attacks.ATTACKS.items() if function.__module__.endswith(("_sign", "_norm"))]
 SIGN_ATTACKS = ["random", "fgsm", "r_fgsm", "bim", "pgd"]
 RANDOM = ["random", "r_fgsm", "pgd"]
 SHORT = {
@@ -26,8 +29,8 @@ def attacks_named(*names):
     return pytest.mark.parametrize("attack", chosen, ids=names)
 
 
-every_attack = attacks_named(*attacks.NAMES)
-gradient_attack = attacks_named(*(name for name in attacks.NAMES if name != "random"))
+every_attack = attacks_named(*OURS)
+gradient_attack = attacks_named(*(name for name in OURS if name != "random"))
 random_attack = attacks_named(*RANDOM)
 sign_attack = attacks_named("fgsm", "bim", "pgd")
 dtypes = st.sampled_from([torch.float32, torch.float64])
@@ -408,16 +411,34 @@ def test_a_model_on_another_device_is_named(attack):
 
 def test_every_name_has_the_papers_parameters():
     model, y = linear_classifier(4, classes=5), torch.tensor([0, 1])
-    for recipes in attacks.PAPER.values():
-        assert set(attacks.NAMES) < set(recipes)
-        for name, parameters in recipes.items():
-            evaluate.run_attack(name, model, GOOD, y, **parameters | ({"queries": 10} if name == "square" else {}))
-    assert attacks.PAPER["mnist"]["cw"]["steps"] == 1000
-    assert attacks.PAPER["cifar10"]["pgd"] == {"epsilon": 8 / 255, "step_size": 1 / 255}
+    for dataset, entry in DATASETS.items():
+        if entry.budget is None:
+            continue
+        for name, parameters in attacks.attack_settings(dataset).items():
+            short = parameters | ({"queries": 10} if name == "square" else {})
+            run_attack(attacks.parse_spec(name)[0], model, GOOD, y, **short)
+    assert attacks.attack_settings("mnist")["cw"]["steps"] == 1000
+    assert attacks.attack_settings("cifar10-jpeg")["pgd"] == {"epsilon": 8 / 255, "step_size": 1 / 255}
+    assert attacks.attack_settings("imagenet")["bim@25/255"]["epsilon"] == 25 / 255
 
 
-def test_family_is_by_the_start_of_the_name():
-    names = {
-        name: attacks.family(name) for name in ("mnist5k", "mnist", "cifar10", "cifar10-jpeg", "folder:photographs")
-    }
-    assert list(names.values()) == ["mnist", "mnist", "cifar10", "cifar10", "mnist"]
+def test_an_attack_is_named_with_its_epsilon():
+    assert attacks.parse_spec("bim") == ("bim", None)
+    assert attacks.parse_spec("bim@5/255") == ("bim", 5 / 255)
+    assert attacks.parse_spec("cw@inf") == ("cw", math.inf)
+    assert [attacks.spec_of("bim", size) for size in (25 / 255, 0.2, 0.1, math.inf)] == [
+        "bim@25/255",
+        "bim@0.2",
+        "bim@0.1",
+        "bim@inf",
+    ]
+    with pytest.raises(ValueError, match="'bim@x' names no ε; needed: such as bim@5/255"):
+        attacks.parse_spec("bim@x")
+
+
+def test_a_data_set_without_an_epsilon_asks_for_one(tmp_path):
+    with pytest.raises(ValueError, match="has no ε of its own; give epsilon"):
+        attacks.attack_settings(f"folder:{tmp_path}", ["pgd"])
+    assert attacks.attack_settings(f"folder:{tmp_path}", ["pgd"], 0.08)["pgd"] == {"epsilon": 0.08, "step_size": 0.01}
+    with pytest.raises(ValueError, match="attack 'pdg' is unknown; there is: clean, random, fgsm"):
+        attacks.attack_settings("mnist", ["pdg"])

@@ -15,9 +15,9 @@ from torch.utils.data import Subset
 from apudae import baselines, load_dataset, load_model
 from apudae.baselines import Critic, DefenseGAN, Generator, MagNet, ProjectionConfig, train_gan, train_magnet
 from apudae.checkpoints import save_model
-from apudae.classifiers import StridedCNN
-from apudae.evaluate import purified_rows
-from apudae.train import Recipe
+from apudae.evaluation.grid import purified_rows
+from apudae.models import StridedCNN
+from apudae.training.loop import Recipe
 
 FAST = ProjectionConfig(restarts=3, steps=4)
 

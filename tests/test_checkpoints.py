@@ -9,9 +9,8 @@ from torch import nn
 
 from apudae import load_model
 from apudae.checkpoints import ARCHITECTURES, _sha256, checkpoint_names, describe_checkpoint, save_model
-from apudae.classifiers import CNN, MLP, ResNet, ResNet8
-from apudae.dae import UNet, calibrate
 from apudae.files import CHECKPOINTS, ROOT
+from apudae.models import CNN, MLP, ResNet, ResNet8, UNet, calibrate
 
 SHIPPED = ["mnist/classifier", "mnist/cnn", "mnist/dae"]
 

@@ -6,8 +6,11 @@ import torch
 from conftest import images
 from torch import nn
 
-from apudae import data, evaluate, load_dataset, load_model
-from apudae.classifiers import CIFAR10_MEAN, CIFAR10_STD, ResNet, ResNet8
+from apudae import load_dataset, load_model
+from apudae.datasets import take
+from apudae.evaluation.accuracy import accuracy
+from apudae.models import ResNet, ResNet8
+from apudae.models.classifiers import CIFAR10_MEAN, CIFAR10_STD
 
 SAMPLE = os.path.join(os.environ.get("APUDAE_DATA", ""), "imagenet-sample")
 
@@ -78,8 +81,8 @@ def test_efficientnet_normalises_inside(lite):
 @pytest.mark.skipif(not os.path.isdir(SAMPLE), reason="APUDAE_DATA has no imagenet-sample")
 def test_efficientnet_is_as_good_as_published(lite):
     """On all 1,000 photographs .888, .976 and .988; these 100 are the first of a fixed choice."""
-    x, y = data.take(load_dataset("imagenet-sample", "test"), 100)
-    found = evaluate.accuracy(lite, x, y, clean=x)
+    x, y = take(load_dataset("imagenet-sample", "test"), 100)
+    found = accuracy(lite, x, y, clean=x)
     assert (found.correct, found.others["top-5"].correct, found.others["top-10"].correct) == (86, 99, 99)
     assert found.others["top-10 of right"].value == 1
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from apudae import load_model, recon_error
 from apudae.checkpoints import save_model
-from apudae.dae import DAE, ResidualUNet, UNet, calibrate
+from apudae.models import DAE, ResidualUNet, UNet, calibrate
 
 
 @pytest.mark.parametrize(("shape", "weights"), [((1, 5, 64), 297_793), ((3, 15, 64), 1_041_219)])

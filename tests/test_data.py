@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from apudae import data, load_dataset
+from apudae import load_dataset
+from apudae.datasets import CIFAR10_CLASSES, hold_out, stack, take
+from apudae.datasets.small import TensorImages
 
 needs_mnist = pytest.mark.skipif("APUDAE_DATA" not in os.environ, reason="APUDAE_DATA is not set")
 
@@ -36,7 +38,7 @@ def save_folder(root, counts=(10, 7), mode="L", ending="png"):
 
 
 def load_all(root, split="train", **options):
-    return data.stack(load_dataset(f"folder:{root}", split, **options))
+    return stack(load_dataset(f"folder:{root}", split, **options))
 
 
 # --- digits -----------------------------------------------------------------------------------------------------------
@@ -52,7 +54,7 @@ def test_mnist5k_is_split_evenly():
 
 def test_digits_are_float32_in_unit_range():
     dataset = load_dataset("mnist5k", "test")
-    x, y = data.stack(dataset)
+    x, y = stack(dataset)
     assert x.shape == (1000, 1, 28, 28)
     assert x.dtype == torch.float32
     assert y.dtype == torch.int64
@@ -112,7 +114,7 @@ def save_zip(folder, counts=(3, 2), drop="nothing", method=zipfile.ZIP_STORED, *
     entries = {
         f"{part}/{name}/{i:04}.jpg": jpeg(20 * label + i)
         for part, count in zip(("train", "test"), counts, strict=True)
-        for label, name in enumerate(data.CIFAR10_CLASSES)
+        for label, name in enumerate(CIFAR10_CLASSES)
         for i in range(count)
     }
     with zipfile.ZipFile(folder / "cifar10-jpeg.zip", "w", method) as archive:
@@ -133,9 +135,9 @@ def cifar_folder(tmp_path, monkeypatch):
 def test_zip_is_read_without_being_unpacked(cifar_folder):
     save_zip(cifar_folder)
     train, test = (load_dataset("cifar10-jpeg", split) for split in ("train", "test"))
-    assert train.classes == data.CIFAR10_CLASSES
+    assert train.classes == CIFAR10_CLASSES
     assert train.labels.tolist() == [label for label in range(10) for _ in range(3)]
-    x, _ = data.stack(test)
+    x, _ = stack(test)
     assert (x.shape, x.dtype) == ((20, 3, 8, 8), torch.float32)
     red = torch.tensor([20.0 * label + i for label in range(10) for i in range(2)])
     assert ((x[:, 0] * 255).mean((1, 2)) - red).abs().max() < 3  # JPEG
@@ -146,9 +148,9 @@ def test_zip_is_read_without_being_unpacked(cifar_folder):
 def test_held_out_part_of_a_zip_is_evenly_spread(cifar_folder):
     save_zip(cifar_folder, (12, 1))
     held_out = load_dataset("cifar10-jpeg", "held_out")
-    assert held_out.classes == data.CIFAR10_CLASSES
+    assert held_out.classes == CIFAR10_CLASSES
     assert held_out.labels.tolist() == [0, 3, 6, 9]  # a thirtieth of 120
-    assert torch.equal(data.stack(held_out)[0][1], load_dataset("cifar10-jpeg", "train")[39][0])
+    assert torch.equal(stack(held_out)[0][1], load_dataset("cifar10-jpeg", "train")[39][0])
 
 
 BAD_ZIPS = {
@@ -183,13 +185,13 @@ def test_cifar10_comes_as_torchvision_keeps_it(cifar_folder, monkeypatch):
         return [name, hashlib.md5(file.read_bytes()).hexdigest()]
 
     pixels = np.arange(4 * 3072, dtype=np.uint32).astype(np.uint8).reshape(4, 3072)  # rows of red, then green, blue
-    meta = keep("meta", {"label_names": data.CIFAR10_CLASSES})
+    meta = keep("meta", {"label_names": CIFAR10_CLASSES})
     monkeypatch.setattr(CIFAR10, "meta", {"filename": meta[0], "key": "label_names", "md5": meta[1]})
     monkeypatch.setattr(CIFAR10, "train_list", [keep("batch", {"data": pixels, "labels": [3, 1, 9, 0]})])
     monkeypatch.setattr(CIFAR10, "test_list", [keep("test", {"data": pixels[:1], "labels": [7]})])
     train = load_dataset("cifar10", "train")
     assert torch.equal(train.pixels, torch.from_numpy(pixels).view(4, 3, 32, 32))
-    assert (train.labels.tolist(), train.classes) == ([3, 1, 9, 0], data.CIFAR10_CLASSES)
+    assert (train.labels.tolist(), train.classes) == ([3, 1, 9, 0], CIFAR10_CLASSES)
     assert load_dataset("cifar10", "test").labels.tolist() == [7]
     (cifar_folder / "cifar10" / "cifar-10-batches-py" / "batch").write_bytes(b"changed")
     with pytest.raises(ValueError, match="CIFAR10 is not complete"):
@@ -364,27 +366,27 @@ def test_header_that_claims_a_giant_image_is_named(tmp_path):
 
 def test_take_is_stratified_and_fixed():
     dataset = load_dataset("mnist5k", "test")
-    x, y = data.take(dataset, 203)
+    x, y = take(dataset, 203)
     assert set(y.bincount().tolist()) == {20, 21}
-    assert torch.equal(x, data.take(dataset, 203)[0])
-    assert not torch.equal(x, data.take(dataset, 203, seed=1)[0])
+    assert torch.equal(x, take(dataset, 203)[0])
+    assert not torch.equal(x, take(dataset, 203, seed=1)[0])
     assert len({image.numpy().tobytes() for image in x}) == 203
 
 
 def test_take_evens_out_what_it_can():
     labels = np.array([0] + [1] * 9)
-    dataset = data.TensorImages(np.arange(10, dtype=np.uint8).reshape(10, 1, 1, 1), labels, ["a", "b"])
-    assert data.take(dataset, 4)[1].bincount().tolist() == [1, 3]
-    assert torch.equal(data.take(dataset, 10)[0].sort(0).values, data.stack(dataset)[0])
+    dataset = TensorImages(np.arange(10, dtype=np.uint8).reshape(10, 1, 1, 1), labels, ["a", "b"])
+    assert take(dataset, 4)[1].bincount().tolist() == [1, 3]
+    assert torch.equal(take(dataset, 10)[0].sort(0).values, stack(dataset)[0])
 
 
 def test_any_first_part_of_take_is_stratified_too():
-    _, y = data.take(load_dataset("mnist5k", "test"), 200)
+    _, y = take(load_dataset("mnist5k", "test"), 200)
     assert y[:100].bincount().tolist() == [10] * 10
 
 
 def test_take_from_a_folder(tmp_path):
-    x, y = data.take(load_dataset(f"folder:{save_folder(tmp_path, (10, 10))}", "train"), 6)
+    x, y = take(load_dataset(f"folder:{save_folder(tmp_path, (10, 10))}", "train"), 6)
     assert x.shape == (6, 1, 6, 6)
     assert y.bincount().tolist() == [3, 3]
 
@@ -392,7 +394,7 @@ def test_take_from_a_folder(tmp_path):
 @pytest.mark.parametrize("n", [0, -1, 1001])
 def test_take_of_too_few_or_too_many(n):
     with pytest.raises(ValueError, match=str(n)):
-        data.take(load_dataset("mnist5k", "test"), n)
+        take(load_dataset("mnist5k", "test"), n)
 
 
 @settings(deadline=None)
@@ -400,7 +402,7 @@ def test_take_of_too_few_or_too_many(n):
 def test_hold_out_parts_the_set(choose):
     size = choose.draw(st.integers(2, 60_000))
     n = choose.draw(st.integers(1, size - 1) | st.integers(max(1, size - 3), size - 1))
-    fit, held_out = data.hold_out(range(size), n)
+    fit, held_out = hold_out(range(size), n)
     assert len(held_out) == n
     assert torch.equal(torch.cat([fit, held_out]).sort().values, torch.arange(size))
 
@@ -408,4 +410,4 @@ def test_hold_out_parts_the_set(choose):
 @pytest.mark.parametrize("n", [0, 10, 11])
 def test_hold_out_needs_something_to_fit(n):
     with pytest.raises(ValueError, match=str(n)):
-        data.hold_out(range(10), n)
+        hold_out(range(10), n)

@@ -9,11 +9,13 @@ import pytest
 import torch
 from conftest import images, linear_classifier, tiny_dae
 
-from apudae import PRESETS, attacks, evaluate, tables
-from apudae.evaluate import Accuracy, accuracy, in_batches, predict, record, result_row, run_attack
-from apudae.files import save_tensors
-from apudae.purify import purify
-from apudae.tables import IDENTITY, merge_results
+from apudae import PRESETS, attacks
+from apudae.batching import in_batches
+from apudae.evaluation.accuracy import Accuracy, accuracy, captions, predict
+from apudae.evaluation.grid import purified_rows, run_attack
+from apudae.evaluation.results import IDENTITY, merge_results, read_results, record, result_row
+from apudae.evaluation.tables import published
+from apudae.purification import purify
 
 
 @pytest.fixture(autouse=True)
@@ -136,7 +138,7 @@ def test_more_steps_without_memory_go_on_from_fewer(name, passes):
     dae.recon_sigma.fill_(1)
     configs = {f"{n}": replace(PRESETS[name], steps=n) for n in (4, 5, 7)}
     facts = {"dataset": "noise", "classifier": "linear", "parameters": {"clean": {}}}
-    purified, rows = evaluate.purified_rows(linear_classifier(64), dae, attacked, y, configs, **facts)
+    purified, rows = purified_rows(linear_classifier(64), dae, attacked, y, configs, **facts)
     assert sum(calls) == passes
     assert [json.loads(row["purifier_parameters"])["steps"] for row in rows] == [4, 5, 7]
     for label, config in configs.items():
@@ -167,13 +169,13 @@ def test_files_without_metrics_are_read_and_merged(tmp_path):
     record(tmp_path / "old.csv", [row(1, seed=1), row(2, seed=2)])
     old = pd.read_csv(tmp_path / "old.csv", dtype=str).drop(columns="metric")
     old.to_csv(tmp_path / "old.csv", index=False)
-    assert evaluate.read_results(tmp_path / "old.csv").metric.tolist() == ["top-1", "top-1"]
+    assert read_results(tmp_path / "old.csv").metric.tolist() == ["top-1", "top-1"]
     table = record(tmp_path / "old.csv", [row(3, seed=2)])
     assert table.correct.tolist() == [1, 3], "the former row of the same identity is replaced"
     old.to_csv(tmp_path / "old.csv", index=False)
     record(tmp_path / "new.csv", [row(4, seed=2)])
     merge_results([tmp_path / "old.csv", tmp_path / "new.csv"], tmp_path / "all.csv", tmp_path / "stable.csv")
-    assert evaluate.read_results(tmp_path / "all.csv").correct.tolist() == [1, 2]
+    assert read_results(tmp_path / "all.csv").correct.tolist() == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -216,7 +218,8 @@ def test_batch_that_does_not_fit_is_halved_and_its_noise_stays():
 def test_table_2s_budgets_have_names_of_their_own():
     model, x, y = linear_classifier(12), images(2, 3, 2, 2), torch.zeros(2).long()
     for name, size in {"bim_5": 5, "bim_25": 25, "bim": 8}.items():
-        found = run_attack(name, model, x, y, **attacks.PAPER["imagenet"][name])
+        settings = attacks.attack_settings("imagenet")[name]
+        found = run_attack(attacks.parse_spec(name)[0], model, x, y, **settings)
         assert 0.9 * size / 255 < (found - x).abs().max() <= size / 255 + 1e-6
 
 
@@ -294,7 +297,8 @@ def test_failed_record_leaves_the_file(tmp_path):
 WRITER = """
 import sys
 from pathlib import Path
-from apudae.evaluate import Accuracy, record, result_row
+from apudae.evaluation.accuracy import Accuracy
+from apudae.evaluation.results import record, result_row
 for i in range(20):
     facts = {"dataset": sys.argv[2], "classifier": "linear", "attack": "pgd", "attack_parameters": {}}
     record(Path(sys.argv[1]), [result_row(Accuracy(i, 100), seed=i, **facts)])
@@ -319,7 +323,7 @@ def test_kept_attack_is_reused_batch_by_batch_and_equals_an_undisturbed_run(tmp_
     files[-1].unlink()  # as a kill in the last batch leaves it
     calls, attack = [], attacks.pgd
     spy = functools.wraps(attack)(lambda *a, **k: calls.append(1) or attack(*a, **k))
-    monkeypatch.setattr(attacks, "pgd", spy)
+    monkeypatch.setitem(attacks.ATTACKS, "pgd", spy)
     assert torch.equal(run_attack("pgd", classifier, x, y, keep=tmp_path, **parameters), expected)
     assert len(calls) == 1
     run_attack("pgd", classifier, x, y, keep=tmp_path, **parameters | {"epsilon": 0.05})
@@ -329,27 +333,18 @@ def test_kept_attack_is_reused_batch_by_batch_and_equals_an_undisturbed_run(tmp_
 # --- words and figures beside the rows --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kept", [{"classes": ["ant", "bee"]}, {}])
-def test_attacks_come_with_the_names_of_their_classes(tmp_path, monkeypatch, kept):
-    monkeypatch.setattr(tables, "RUNS", tmp_path)
-    tensors = {"labels": torch.tensor([0, 1]), "clean": images(2, 1, 3, 3)}
-    save_tensors(tmp_path / "there" / "attacks.safetensors", tensors, {"attacks": ["clean"], **kept})
-    _, _, settings = evaluate.read_attacks("there", 2)
-    assert settings["classes"] == kept.get("classes", list("0123456789"))  # without names they were digits
-
-
 def test_captions_say_what_the_model_reads():
     brightest, x = torch.nn.Flatten(), torch.eye(3).view(3, 1, 1, 3)
-    assert evaluate.captions(brightest, x, ["ant", "bee"]) == ["reads ant", "reads bee", "reads 2"]  # no third name
+    assert captions(brightest, x, ["ant", "bee"]) == ["reads ant", "reads bee", "reads 2"]  # no third name
 
 
 def test_what_the_paper_reports():
-    mnist, cifar = evaluate.published("mnist5k"), evaluate.published("cifar10-jpeg")
+    mnist, cifar = published("mnist5k"), published("cifar10-jpeg")
     assert (mnist.loc["pgd", "A"], mnist.loc["counter_attack_a", "direct"]) == (0.951, 0.799)
     assert list(mnist.columns) == ["none", "adversarial", "defense_gan", "magnet", "direct", "A"]  # as in Table 1
     assert cifar.drop(columns=["none", "adversarial", "direct"]).max(axis=1)["clean"] == 0.908
     assert cifar.loc[["fgsm", "r_fgsm", "bim", "cw"], ["E", "F"]].max(axis=1).tolist() == [0.834, 0.817, 0.729, 0.708]
-    assert evaluate.published("folder:photographs").empty
+    assert published("folder:photographs").empty
 
 
 def test_bfloat16_is_for_the_purifiers_alone_and_named_in_their_rows(dae, digits):
@@ -363,8 +358,8 @@ def test_bfloat16_is_for_the_purifiers_alone_and_named_in_their_rows(dae, digits
 
     configs = {"none": None, "A": replace(PRESETS["A"], steps=2)}
     about = {"dataset": "mnist5k", "classifier": "none", "parameters": {"clean": {}}}
-    whole, _ = evaluate.purified_rows(Classifier(), dae, {"clean": x}, y, configs, **about)
-    short, rows = evaluate.purified_rows(Classifier(), dae, {"clean": x}, y, configs, bfloat16=True, **about)
+    whole, _ = purified_rows(Classifier(), dae, {"clean": x}, y, configs, **about)
+    short, rows = purified_rows(Classifier(), dae, {"clean": x}, y, configs, bfloat16=True, **about)
     assert [row["device"] for row in rows] == ["cpu", "cpu, bfloat16"]
     assert set(seen) == {(torch.float32, False)}
     difference = (whole["clean", "A"] - short["clean", "A"]).abs()

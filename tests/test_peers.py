@@ -5,12 +5,13 @@ import pytest
 import torch
 
 import apudae
-from apudae import data, evaluate
+from apudae.datasets import take
+from apudae.evaluation.accuracy import accuracy, predict
 
 
 @pytest.fixture(scope="module")
 def scene():
-    x, y = data.take(apudae.load_dataset("mnist5k", "test"), 500)
+    x, y = take(apudae.load_dataset("mnist5k", "test"), 500)
     return apudae.load_model("mnist/classifier"), x, y
 
 
@@ -32,9 +33,9 @@ def test_not_weaker_than(library, name, scene, reached):
     torch.manual_seed(0)
     theirs = getattr(peers, library)()[name](model, x, y).detach()
     mine = reached[name][: len(x)]
-    our_accuracy = evaluate.accuracy(model, mine, y).value
-    assert our_accuracy <= evaluate.accuracy(model, theirs, y).value + 0.01
+    our_accuracy = accuracy(model, mine, y).value
+    assert our_accuracy <= accuracy(model, theirs, y).value + 0.01
     if name in peers.UNCLIPPED:
-        both = (evaluate.predict(model, mine) != y) & (evaluate.predict(model, theirs) != y)
+        both = (predict(model, mine) != y) & (predict(model, theirs) != y)
         length = [(images[both] - x[both]).flatten(1).norm(dim=1).mean() for images in (mine, theirs)]
         assert length[0] <= 1.05 * length[1], f"mean L2 {length[0]:.3f}, {library} {length[1]:.3f}"

@@ -8,8 +8,12 @@ import torch
 from PIL import Image
 from torch.utils.data import Subset
 
-from apudae import data, load_dataset, photographs, train
-from apudae.dae import DAE
+from apudae import load_dataset
+from apudae.datasets import stack, take, training_parts
+from apudae.datasets.imagenet import imagenet_classes, readers
+from apudae.models import DAE
+from apudae.training.loop import Recipe
+from apudae.training.objectives import _patches, train_dae
 
 IDS = ["n01440764", "n01443537", "n15075141"]  # tench, goldfish and the last of all, toilet tissue
 SAMPLE = os.path.join(os.environ.get("APUDAE_DATA", ""), "imagenet-sample")
@@ -105,11 +109,11 @@ def test_bad_photograph_is_named_and_left_out_only_if_asked(root, spoil):
     dataset = load_dataset("imagenet", "test", image_size=16)
     assert dataset[3][1] == 1, "the others can be read"
     with pytest.raises(ValueError, match=rf"{IDS[1]}/0\.JPEG") as refused:
-        data.stack(dataset)
+        stack(dataset)
     assert "\n" not in str(refused.value)
     with pytest.warns(UserWarning, match=r"1 of 6 photographs are left out.*0\.JPEG"):
         dataset = load_dataset("imagenet", "test", image_size=16, skip_broken=True)
-    x, y = data.stack(dataset)
+    x, y = stack(dataset)
     assert (len(x), y.tolist(), dataset.labels.tolist()) == (5, [0, 0, 1, 999, 999], [0, 0, 1, 999, 999])
 
 
@@ -154,7 +158,7 @@ def test_folder_without_photographs_is_named(root):
 
 
 def test_missing_package_is_named_with_its_remedy(root, monkeypatch):
-    photographs.imagenet_classes.cache_clear()
+    imagenet_classes.cache_clear()
     monkeypatch.setitem(sys.modules, "timm.data", None)
     with pytest.raises(ValueError, match=r"ImageNet needs the package timm .*\[imagenet\]") as refused:
         load_dataset("imagenet", "test")
@@ -165,14 +169,14 @@ def test_missing_package_is_named_with_its_remedy(root, monkeypatch):
 def test_sample_has_one_photograph_of_each_class():
     dataset = load_dataset("imagenet-sample", "test")
     assert dataset.labels.tolist() == list(range(1000))
-    x, y = data.take(dataset, 3, seed=1)
+    x, y = take(dataset, 3, seed=1)
     assert x.shape == (3, 3, 224, 224)
     assert torch.equal(dataset[int(y[0])][0], x[0])
 
 
 def test_four_photographs_come_with_the_packages(monkeypatch):
     dataset = load_dataset("photographs", "test")
-    x, y = data.stack(dataset)
+    x, y = stack(dataset)
     assert (x.shape, y.tolist()) == ((4, 3, 224, 224), [698, 282, 967, 872])
     monkeypatch.setitem(sys.modules, "skimage", None)
     with pytest.raises(ValueError, match="the data set photographs needs the package skimage"):
@@ -193,14 +197,14 @@ def bsds(tmp_path, monkeypatch):
 
 
 def test_upright_photographs_are_turned(bsds):
-    x, _ = data.stack(load_dataset("bsds500", "train"))
+    x, _ = stack(load_dataset("bsds500", "train"))
     assert (x.shape, x.dtype) == ((3, 3, 32, 48), torch.float32)
     upright = torch.from_numpy(np.asarray(gradient(48, 32)).copy()).movedim(2, 0) / 255
     assert torch.equal(x[1], upright.rot90(1, (1, 2)))
 
 
 def test_held_out_photographs_are_cut_as_imagenets_are(bsds):
-    fit, held_out = data.training_parts("bsds500")
+    fit, held_out = training_parts("bsds500")
     assert (len(fit), len(held_out), len(load_dataset("bsds500", "test"))) == (3, 2, 1)
     assert held_out[0][0].shape == (3, 224, 224)
 
@@ -216,15 +220,15 @@ def test_photographs_of_two_sizes_are_refused(bsds):
 
 def test_worker_processes_give_what_one_process_gives(root):
     streamed = load_dataset("imagenet", "test", image_size=16)
-    assert photographs.readers(Subset(streamed, [0, 1])) >= 1
-    assert photographs.readers(load_dataset("mnist5k", "test")) == 0
-    x, y = data.stack(streamed)
+    assert readers(Subset(streamed, [0, 1])) >= 1
+    assert readers(load_dataset("mnist5k", "test")) == 0
+    x, y = stack(streamed)
     held = torch.utils.data.TensorDataset(x, y)
     weights = []
     for dataset in (streamed, held):
         torch.manual_seed(0)
         dae = DAE(3, 2, 4)
-        curve = train.train_dae(dae, dataset, train.Recipe(3, 2), noise_std_max=0.3)
+        curve = train_dae(dae, dataset, Recipe(3, 2), noise_std_max=0.3)
         weights.append((dae.output.weight, curve))
     assert torch.equal(weights[0][0], weights[1][0])
     assert weights[0][1] == weights[1][1]
@@ -232,7 +236,7 @@ def test_worker_processes_give_what_one_process_gives(root):
 
 def test_patches_are_parts_of_their_images_in_every_orientation():
     x = torch.arange(40 * 3 * 8 * 9.0).view(40, 3, 8, 9)
-    patches = train._patches(x, 4, torch.Generator().manual_seed(0))
+    patches = _patches(x, 4, torch.Generator().manual_seed(0))
     assert patches.shape == (40, 3, 4, 4)
     turns = set()
     for image, patch in zip(x, patches, strict=True):
@@ -251,7 +255,7 @@ def test_patches_are_parts_of_their_images_in_every_orientation():
 
 def test_patch_must_fit_into_the_images(bsds):
     with pytest.raises(ValueError, match=r"patch is 33; needed: at most the images' sides, \(32, 48\)"):
-        train.train_dae(DAE(3, 2, 4), load_dataset("bsds500", "train"), train.Recipe(1, 2), noise_std_max=0.3, patch=33)
+        train_dae(DAE(3, 2, 4), load_dataset("bsds500", "train"), Recipe(1, 2), noise_std_max=0.3, patch=33)
 
 
 PURIFY_MANY = """

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from apudae import PRESETS, Purifier, PurifyConfig, attacks, purify, recon_error
-from apudae.dae import calibrate
-from apudae.evaluate import accuracy
+from apudae.evaluation.accuracy import accuracy
+from apudae.models import calibrate
 
 GRADIENT = PurifyConfig(steps=3, step_size=0.02, step_rule="gradient")
 SIGN = PurifyConfig(steps=3, step_size=0.01)

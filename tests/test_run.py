@@ -7,7 +7,17 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from apudae import run
+from apudae.batch import notebooks
+from apudae.batch.cli import main
+from apudae.batch.html import page
+from apudae.batch.notebooks import (
+    NOTEBOOKS,
+    NotebookError,
+    check_parameters,
+    declared_parameters,
+    run_notebook,
+    tagged_text,
+)
 from apudae.files import ROOT, RUNS, data_root
 
 APUDAE = Path(sys.executable).with_name("apudae")
@@ -42,10 +52,8 @@ def tiny(tmp_path, monkeypatch):
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     (tmp_path / "notebooks").mkdir()
     nbformat.write(new_notebook(cells=cells, metadata=kernel), tmp_path / "notebooks" / "07_tiny.ipynb")
-    monkeypatch.setattr(run, "NOTEBOOKS", tmp_path / "notebooks")
-    monkeypatch.setattr(run, "RUNS", tmp_path / "runs")
-    for name in ("APUDAE_COMMIT", "APUDAE_COMMAND"):  # a run sets these for its kernel: the tests' end unsets them
-        monkeypatch.setenv(name, "tests")
+    monkeypatch.setattr(notebooks, "NOTEBOOKS", tmp_path / "notebooks")
+    monkeypatch.setattr(notebooks, "RUNS", tmp_path / "runs")
     monkeypatch.setenv("APUDAE_DATA", str(data_root()))
     return tmp_path / "runs"
 
@@ -79,7 +87,7 @@ def files_below(folder):
 )
 @pytest.mark.usefixtures("tiny")
 def test_parameters_take_the_type_of_their_default(name, given, checked):
-    found = run.check_parameters("07_tiny", {name: given})
+    found = check_parameters("07_tiny", {name: given})
     assert found == {name: checked}
     assert type(found[name]) is type(checked)
 
@@ -112,20 +120,20 @@ def test_parameters_take_the_type_of_their_default(name, given, checked):
 def test_ill_typed_parameter_is_named_with_what_it_needs(name, given):
     needed = {"steps": "int", "rate": "float", "loud": "bool", "name": "str"}[name]
     with pytest.raises(ValueError, match=f"parameter {name} of 07_tiny.*needed: {needed}"):
-        run.check_parameters("07_tiny", {name: given})
+        check_parameters("07_tiny", {name: given})
 
 
 @pytest.mark.usefixtures("tiny")
 def test_unknown_names_list_what_there_is():
     with pytest.raises(ValueError, match="'step' is unknown; there is: steps, rate, loud, name, fail, run"):
-        run.check_parameters("07_tiny", {"steps": 3, "step": 3})
+        check_parameters("07_tiny", {"steps": 3, "step": 3})
     with pytest.raises(ValueError, match="'08_huge' is unknown; there is: 07_tiny"):
-        run.check_parameters("08_huge", {})
+        check_parameters("08_huge", {})
 
 
 @pytest.mark.usefixtures("tiny")
 def test_declared_parameters_carry_their_comments():
-    declared = run.declared_parameters("07_tiny")
+    declared = declared_parameters("07_tiny")
     assert declared["rate"] == (0.5, "how fast")
     assert list(declared) == ["steps", "rate", "loud", "name", "fail", "run"]
 
@@ -134,19 +142,19 @@ def test_declared_parameters_carry_their_comments():
 
 
 def test_failure_then_success(tiny):
-    with pytest.raises(run.NotebookError, match=r"07_tiny, cell \d+: AssertionError: broken on purpose") as caught:
-        run.run_notebook("07_tiny", {"fail": "true", "run": "mine"})
+    with pytest.raises(NotebookError, match=r"07_tiny, cell \d+: AssertionError: broken on purpose") as caught:
+        run_notebook("07_tiny", {"fail": "true", "run": "mine"})
     failed = tiny / "mine" / "07_tiny.failed.ipynb"
     assert str(failed) in str(caught.value)
     assert files_below(tiny) == ["mine/07_tiny.failed.ipynb"]
     last = nbformat.read(failed, as_version=4).cells[-1]
     assert last.outputs[0].ename == "AssertionError"
 
-    executed = run.run_notebook("07_tiny", {"rate": "2", "run": "mine"})
+    executed = run_notebook("07_tiny", {"rate": "2", "run": "mine"})
     assert executed == tiny / "mine" / "07_tiny.ipynb"
     assert files_below(tiny) == ["mine/07_tiny.html", "mine/07_tiny.ipynb"]
-    assert [file.name for file in run.NOTEBOOKS.iterdir()] == ["07_tiny.ipynb"]  # no sockets of the kernel
-    assert run.tagged_text(executed, "result").strip() == "steps 3 rate 2.0"
+    assert [file.name for file in NOTEBOOKS.iterdir()] == ["07_tiny.ipynb"]  # no sockets of the kernel
+    assert tagged_text(executed, "result").strip() == "steps 3 rate 2.0"
     notebook = nbformat.read(executed, as_version=4)
     texts = [output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", [])]
     assert any("kept" in text for text in texts)
@@ -162,18 +170,18 @@ def test_page_asks_no_network_for_anything():
     """Formulas are MathML, drawn by the browser; a price in code is no formula."""
     formula = "$$x_{i+1} = x_i - \\alpha\\,\\mathrm{sign}\\,g < 1$$"
     source = f"# 08 · Maths\n\n{formula}\n\nHere $\\epsilon$ is small, and `$5 or $6`."
-    page = run._html(new_notebook(cells=[new_markdown_cell(source)]))
-    assert page.count("<math") == 2
-    assert "$5 or $6" in page
-    assert "\\alpha" not in page
-    assert "<title>08 · Maths</title>" in page
-    assert not re.search(r"""(src|href)=["']?(https?:)?//""", page)
+    made = page(new_notebook(cells=[new_markdown_cell(source)]))
+    assert made.count("<math") == 2
+    assert "$5 or $6" in made
+    assert "\\alpha" not in made
+    assert "<title>08 · Maths</title>" in made
+    assert not re.search(r"""(src|href)=["']?(https?:)?//""", made)
 
 
 def test_command_prints_the_result_and_both_paths(tiny, monkeypatch, capfd):
     monkeypatch.setattr(sys, "argv", ["apudae", "run", "notebooks/07_tiny.ipynb"])
     with pytest.raises(SystemExit) as ended:
-        run.main()
+        main()
     assert not ended.value.code
     printed = capfd.readouterr().out
     assert "steps 3 rate 0.5" in printed
@@ -237,7 +245,7 @@ def test_bad_input_is_one_line_and_status_2(case, folder, monkeypatch, capfd):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", ["apudae", "run", *words])
     with pytest.raises(SystemExit) as ended:
-        run.main()
+        main()
     printed = capfd.readouterr()
     check_refused(printed.out, ended.value.code, printed.err, named)
 
@@ -258,14 +266,14 @@ def test_list_of_notebooks_shows_questions_and_parameters(folder):
         question = next(line for line in first.splitlines() if line.startswith("**Question.**"))
         assert path.stem in listed.stdout
         assert question.removeprefix("**Question.** ") in flat
-        for name, (default, comment) in run.declared_parameters(path.stem).items():
+        for name, (default, comment) in declared_parameters(path.stem).items():
             assert f"{name} = {default!r} {comment}" in flat
 
 
 def test_help_names_the_commands(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["apudae", "-h"])
     with pytest.raises(SystemExit) as ended:
-        run.main()
+        main()
     assert ended.value.code == 0
     names = re.findall(r"^  (\w+)  ", capsys.readouterr().out.split("Commands:")[1], re.M)
     assert names == ["notebooks", "report", "run", "sweep"]

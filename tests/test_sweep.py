@@ -1,6 +1,7 @@
 """A sweep from its file to its tables, on a copy of the repository whose notebooks take no time."""
 
 import contextlib
+import importlib.util
 import os
 import random
 import re
@@ -16,13 +17,18 @@ import nbformat
 import pandas as pd
 import pytest
 import slurm
+import torch
 import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from apudae import sweep
+from apudae.batch import step as one_step
+from apudae.batch import sweep
+from apudae.batch.snakemake import gpu_places, read_profile
+from apudae.batch.step import gpu_place
+from apudae.batch.sweep import read_sweep
 from apudae.files import ROOT
 
-APUDAE = [sys.executable, "-c", "from apudae.run import main; main()"]
+APUDAE = [sys.executable, "-c", "from apudae.batch.cli import main; main()"]
 MARK = "APUDAE_TEST"  # set in the environment of everything that a test starts
 
 ROWS = """dataset: str = "mnist5k"  # a data set
@@ -156,14 +162,14 @@ def test_bad_sweep_file_is_refused_in_one_sentence(case, tmp_path):
     path = tmp_path / "bad.yaml"
     path.write_text(yaml.safe_dump(content))
     with pytest.raises(ValueError, match=r"bad\.yaml") as refused:
-        sweep.read_sweep(path)
+        read_sweep(path)
     assert named in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("name", ["mnist", "test", "cifar10-jpeg"])
 def test_shipped_sweep_files_are_sound(name):
-    resolved = sweep.read_sweep(ROOT / "workflow" / "config" / f"{name}.yaml")
+    resolved = read_sweep(ROOT / "workflow" / "config" / f"{name}.yaml")
     assert resolved["order"][-1] == "tables"
     assert resolved["order"].index("attacks") < resolved["order"].index("purify_a") < resolved["order"].index("results")
     others = {f"{name}/adversarial", f"{name}/fig2"} if name == "cifar10-jpeg" else set()  # own classifier, own images
@@ -173,7 +179,7 @@ def test_shipped_sweep_files_are_sound(name):
 
 def test_cifar10_trains_its_networks_before_it_needs_them(monkeypatch):
     monkeypatch.setattr(sweep, "load_model", lambda name: pytest.fail(f"{name} is not there yet"))
-    resolved = sweep.read_sweep(ROOT / "workflow" / "config" / "cifar10-jpeg.yaml")
+    resolved = read_sweep(ROOT / "workflow" / "config" / "cifar10-jpeg.yaml")
     place = resolved["order"].index
     assert place("train_classifier") < place("attacks")
     for name, step in resolved["steps"].items():
@@ -203,17 +209,17 @@ def test_small_configuration_has_the_keys_of_the_large_one():
 
 
 def test_profiles(monkeypatch):
-    assert sweep.read_profile("local")["executor"] == "local"
-    assert sweep.read_profile("cuda")["config"] == {"device": "cuda", "notebooks_per_gpu": "1"}
+    assert read_profile("local")["executor"] == "local"
+    assert read_profile("cuda")["config"] == {"device": "cuda", "notebooks_per_gpu": "1"}
     with pytest.raises(ValueError, match="profile 'cloud' is unknown; there is: cuda, kubernetes, local, slurm"):
-        sweep.read_profile("cloud")
-    monkeypatch.setattr(sweep.importlib.util, "find_spec", lambda name: None)
+        read_profile("cloud")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="needs Snakemake's engine for kubernetes, which is not installed"):
-        sweep.read_profile("kubernetes")
-    monkeypatch.setattr(sweep.importlib.util, "find_spec", lambda name: name)
-    monkeypatch.setattr(sweep.shutil, "which", lambda name: None)
+        read_profile("kubernetes")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(ValueError, match="needs slurm, which is not installed here: there is no sbatch"):
-        sweep.read_profile("slurm")
+        read_profile("slurm")
 
 
 def test_command_refuses_with_status_2(repository):
@@ -230,27 +236,27 @@ def test_command_refuses_with_status_2(repository):
 
 
 def test_gpus_are_handed_out_one_notebook_each(tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "RUNS", tmp_path)
-    monkeypatch.setattr(sweep.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(one_step, "RUNS", tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
     steps = {"steps": {"a": {"gpu": True}}}
-    places = sweep.gpu_places(steps, {"executor": "local", "config": {}})
+    places = gpu_places(steps, {"executor": "local", "config": {}})
     assert places == ["2.0", "5.0"]
-    with sweep.gpu_place(places) as first, sweep.gpu_place(places) as second:
+    with gpu_place(places) as first, gpu_place(places) as second:
         assert {first, second} == {"2", "5"}
-        monkeypatch.setattr(sweep.time, "sleep", lambda _: pytest.fail("a third notebook waits"))
-        with pytest.raises(pytest.fail.Exception), sweep.gpu_place(places):
+        monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("a third notebook waits"))
+        with pytest.raises(pytest.fail.Exception), gpu_place(places):
             pass
-    shared = sweep.gpu_places(steps, {"executor": "local", "config": {"notebooks_per_gpu": "2"}})
+    shared = gpu_places(steps, {"executor": "local", "config": {"notebooks_per_gpu": "2"}})
     assert shared == ["2.0", "5.0", "2.1", "5.1"]
-    with sweep.gpu_place(shared) as first, sweep.gpu_place(shared, 2) as both:
+    with gpu_place(shared) as first, gpu_place(shared, 2) as both:
         assert (first, both) == ("2", "5,2"), "two different ones"
     with pytest.raises(ValueError, match="step a needs 3 GPUs; there are 2 here"):
-        sweep.gpu_places({"steps": {"a": {"gpu": 3}}}, {"executor": "local", "config": {}})
-    assert sweep.gpu_places(steps, {"executor": "slurm", "config": {}}) == []
-    monkeypatch.setattr(sweep.torch.cuda, "is_available", lambda: False)
+        gpu_places({"steps": {"a": {"gpu": 3}}}, {"executor": "local", "config": {}})
+    assert gpu_places(steps, {"executor": "slurm", "config": {}}) == []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="need a GPU, and there is none here: a"):
-        sweep.gpu_places(steps, {"executor": "local", "config": {}})
+        gpu_places(steps, {"executor": "local", "config": {}})
 
 
 # --- real graphs ------------------------------------------------------------------------------------------------------
@@ -403,7 +409,7 @@ def test_slurm_gives_the_same_tables_and_tries_a_killed_job_again(repository, un
     with slurm.cluster(), start(repository, config, "--profile", "slurm") as process:
         try:
             wait_for(lambda: (folder / "make.ipynb").exists() and kernels(repository))
-            (step,) = [pid for pid, line in started(repository).items() if "apudae.sweep\0use" in line]
+            (step,) = [pid for pid, line in started(repository).items() if "apudae.batch.step\0use" in line]
             assert "SLURM_JOB_ID=" in (Path("/proc") / str(step) / "environ").read_text()
             os.kill(step, signal.SIGKILL)
             said, _ = process.communicate(timeout=1200)

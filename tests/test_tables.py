@@ -1,6 +1,7 @@
 """The tables of notebook 17: which rows they show, how they are marked; shipped weights give their figures again."""
 
 import json
+import math
 import os
 from dataclasses import replace
 
@@ -9,9 +10,12 @@ import pytest
 from torch import nn
 
 import apudae
-from apudae import evaluate, files
-from apudae.data import take
-from apudae.evaluate import Accuracy, knowing_table, main_table, of_study, result_row, side_by_side
+from apudae import files
+from apudae.datasets import take
+from apudae.evaluation.accuracy import Accuracy, accuracy
+from apudae.evaluation.grid import run_attack
+from apudae.evaluation.results import read_results, result_row
+from apudae.evaluation.tables import knowing_table, main_table, of_study, side_by_side
 
 STUDY = {"classifier": "mnist/classifier", "dae": "mnist/dae", "steps": [15, 12], "step_size": 0.01}
 
@@ -77,12 +81,12 @@ def test_an_attack_of_another_size_is_no_cell_of_the_table(rows):
     assert table.loc["pgd", "adversarial"] == str(Accuracy(90, 1000))
 
 
-def test_rungs_stand_in_the_table_of_attackers_who_know(rows):
+def test_the_suite_stands_in_the_table_of_attackers_who_know(rows):
     knowing = [
-        row("A", "clean", 99, n=100, config=A, parameters={"after": 0}),
-        row("A", "bpda_identity", 40, n=100, config=A, parameters={"after": 7}),
-        row("A", "gray_pgd", 80, n=100, config=A, parameters={"after": 1}),
-        row("A", "worst_case", 40, n=100, config=A, parameters={"rungs": []}),
+        row("A", "clean", 99, n=100, config=A, kind="ladder", position=0),
+        row("A", "bpda_identity", 40, n=100, config=A, kind="ladder", position=7),
+        row("A", "gray_pgd", 80, n=100, config=A, kind="ladder", position=1),
+        row("A", "worst_case", 40, n=100, config=A, kind="worst_case"),
         row("A", "counter_attack_b", 70, n=100, config=A, parameters={"beta": 0.1}),
         row("A", "counter_attack_b", 60, n=100, config=A, parameters={"beta": 1}),
         row("A", "counter_attack_a", 75, n=100, config=A),
@@ -94,7 +98,7 @@ def test_rungs_stand_in_the_table_of_attackers_who_know(rows):
     assert table.loc["B alone", "A"] == str(Accuracy(60, 100)), "the strongest β"
     assert table.loc["A (paper)", "A"] == 0.891
     main = main_table(every)[1]
-    assert main.loc["clean", "A"] == str(Accuracy(980, 1000)), "a rung is no gray-box figure"
+    assert main.loc["clean", "A"] == str(Accuracy(980, 1000)), "what the suite leaves is no gray-box figure"
     assert "worst_case" not in main.index
 
 
@@ -106,12 +110,12 @@ def test_counter_attacks_alone_make_no_columns_of_a_ladder(rows):
 
 def test_gray_box_and_worst_case_stand_side_by_side(rows):
     further = [
-        row("A", "cw_unclipped", 5, config=A, parameters={"epsilon": "inf"}),
+        row("A", "cw", 5, config=A, parameters={"epsilon": math.inf}),
         row("A", "counter_attack_a", 5, config=A),
-        row("A", "worst_case", 60, n=100, config=A, parameters={"rungs": []}),
-        row("A", "worst_case", 99, n=200, config=A, parameters={"rungs": [], "queries": 10}),
-        row("A", "worst_case", 90, n=200, config=A, parameters={"rungs": [], "queries": 20}),
-        row("D", "worst_case", 80, n=100, config=apudae.PRESETS["D"], parameters={"rungs": []}),
+        row("A", "worst_case", 60, n=100, config=A, kind="worst_case"),
+        row("A", "worst_case", 99, n=200, config=A, kind="worst_case", parameters={"queries": 10}),
+        row("A", "worst_case", 90, n=200, config=A, kind="worst_case", parameters={"queries": 20}),
+        row("D", "worst_case", 80, n=100, config=apudae.PRESETS["D"], kind="worst_case"),
     ]
     own = of_study(pd.concat([rows, pd.DataFrame(further)], ignore_index=True), **STUDY)
     table = side_by_side(main_table(own)[0], own)
@@ -164,8 +168,8 @@ CELLS = {  # a cell of each table
 def test_shipped_weights_give_a_cell_of_each_table_again(cell):
     """The first 100 images of a row (of one that is cheap, all), attacked and purified anew, within its interval."""
     name, wanted = CELLS[cell]
-    found = evaluate.read_results(files.RESULTS / name).query("split == 'test'")
-    found = found[~found.attack_parameters.str.contains('"after"')]  # a rung's row is of the images left by then
+    found = read_results(files.RESULTS / name).query("split == 'test'")
+    found = found[found.kind == "attack"]  # a row of the suite is of the images left by then
     for column, value in wanted.items():
         found = found[found[column] == value]
     kept = found.sort_values("n").iloc[-1]
@@ -177,6 +181,6 @@ def test_shipped_weights_give_a_cell_of_each_table_again(cell):
     )
     parameters, knows = json.loads(kept.attack_parameters), kept.attack == "counter_attack_a"
     target = nn.Sequential(apudae.Purifier(dae, "direct", "exact"), model) if knows else model
-    attacked = evaluate.run_attack("bim" if knows else kept.attack, target, x, y, seed=int(kept.seed), **parameters)
-    again = evaluate.accuracy(nn.Sequential(purifier, model), attacked, y)
+    attacked = run_attack("bim" if knows else kept.attack, target, x, y, seed=int(kept.seed), **parameters)
+    again = accuracy(nn.Sequential(purifier, model), attacked, y)
     assert kept.ci_low <= again.value <= kept.ci_high, f"{again}, the row: {kept.accuracy}"

@@ -15,11 +15,11 @@ from safetensors import safe_open
 from torch.utils.data import Dataset, Subset
 
 from apudae import attacks, load_dataset
-from apudae.classifiers import MLP, ResNet
-from apudae.dae import DAE
-from apudae.data import stack, take
-from apudae.processes import in_processes
-from apudae.train import Recipe, _augmented, _shifted, fit, train_adversarial, train_classifier, train_dae
+from apudae.datasets import stack, take
+from apudae.models import DAE, MLP, ResNet
+from apudae.training.distributed import in_processes
+from apudae.training.loop import Recipe, fit
+from apudae.training.objectives import _augmented, _shifted, train_adversarial, train_classifier, train_dae
 
 SHORT = Recipe(steps=30, batch_size=32, seed=1)
 

@@ -8,9 +8,9 @@ from conftest import LinearDAE, images, seeded, tiny_dae
 from torch import nn
 
 import apudae
-from apudae.dae import DAE, calibrate, recon_error
-from apudae.parts import affine_matrices, resampled
-from apudae.purify import PRESETS, PurifyConfig, preset, purify, trajectory
+from apudae.models import DAE, calibrate, recon_error
+from apudae.purification import PRESETS, PurifyConfig, preset, purify, trajectory
+from apudae.purification.steps import affine_matrices, resampled
 
 ALPHA = 0.01
 

@@ -12,15 +12,18 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from apudae.datasets import take
+from apudae.evaluation.results import Stopwatch
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import peers
 
 import apudae
-from apudae import data, evaluate, files
+from apudae import files
 
 
 def main(n: int = 500, repeats: int = 5) -> None:
-    x, y = data.take(apudae.load_dataset("mnist5k", "test"), n)
+    x, y = take(apudae.load_dataset("mnist5k", "test"), n)
     model = apudae.load_model("mnist/classifier")
     libraries = {"ours": peers.ours(), "foolbox": peers.foolbox(), "torchattacks": peers.torchattacks()}
     rows = []
@@ -28,7 +31,7 @@ def main(n: int = 500, repeats: int = 5) -> None:
         seconds = {library: [] for library in libraries if name in libraries[library]}
         for _ in range(repeats):  # in turn, so that a drift of the machine's speed meets all alike
             for library in seconds:
-                with evaluate.Stopwatch() as watch:
+                with Stopwatch() as watch:
                     libraries[library][name](model, x, y)
                 seconds[library].append(watch.seconds)
         medians = {library: statistics.median(times) for library, times in seconds.items()}

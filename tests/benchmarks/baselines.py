@@ -15,12 +15,13 @@ from attacks import keep
 from purify import seconds
 
 import apudae
-from apudae import data, files
+from apudae import files
 from apudae.baselines import DefenseGAN, Generator
+from apudae.datasets import take
 
 
 def main(n: int = 50, repeats: int = 3) -> None:
-    x, y = data.take(apudae.load_dataset("mnist5k", "test"), n)
+    x, y = take(apudae.load_dataset("mnist5k", "test"), n)
     x = apudae.attacks.pgd(apudae.load_model("mnist/classifier"), x, y, epsilon=0.1)
     defenses = {name: apudae.Purifier(apudae.load_model("mnist/dae"), name) for name in ("A", "direct")}
     defenses["magnet"] = torch.no_grad()(apudae.load_model("mnist/magnet"))

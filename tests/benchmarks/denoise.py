@@ -17,7 +17,9 @@ from skimage.restoration import denoise_nl_means, denoise_tv_chambolle
 from torch import Tensor, nn
 
 import apudae
-from apudae import data, evaluate, files
+from apudae import files
+from apudae.datasets import take
+from apudae.evaluation.results import Stopwatch
 
 
 def denoisers(dae: nn.Module, checkpoint: str, noise_std: float) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -37,12 +39,12 @@ def _on_array(function: Callable, x: Tensor) -> Tensor:
 
 
 def main(n: int = 30, checkpoint: str = "imagenet/unet", split: str = "test") -> None:
-    x, _ = data.take(apudae.load_dataset("bsds500", split), n)
+    x, _ = take(apudae.load_dataset("bsds500", split), n)
     dae, rows = apudae.load_model(checkpoint), []
     for size in (15, 25, 50):
         noisy = x + size / 255 * torch.randn(x.shape, generator=torch.Generator().manual_seed(size))
         for name, denoise in denoisers(dae, checkpoint, size / 255).items():
-            with torch.no_grad(), evaluate.Stopwatch() as watch:
+            with torch.no_grad(), Stopwatch() as watch:
                 clean = torch.cat([denoise(image[None]).clamp(0, 1) for image in noisy])
             psnr = -10 * (clean - x).square().flatten(1).mean(1).log10()
             half = 1.96 * psnr.std().item() / math.sqrt(n)

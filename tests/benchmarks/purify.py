@@ -22,9 +22,11 @@ from attacks import keep
 from torch import Tensor, nn
 
 import apudae
-from apudae import data, evaluate, files
+from apudae import files
 from apudae.contracts import frozen
-from apudae.dae import DAE, calibrate
+from apudae.datasets import take
+from apudae.evaluation.results import Stopwatch
+from apudae.models import DAE, calibrate
 
 
 def reference(dae: nn.Module, x: Tensor, steps: int = 15, step_size: float = 0.01) -> Tensor:
@@ -67,7 +69,7 @@ def in_bfloat16(dae: nn.Module, x: Tensor, name: str) -> Tensor:
 
 def scenes(n: int) -> dict[str, tuple[nn.Module, Tensor, Tensor]]:
     """Autoencoder, images to purify, and a stream that is nine tenths clean."""
-    x, y = data.take(apudae.load_dataset("mnist5k", "test"), n)
+    x, y = take(apudae.load_dataset("mnist5k", "test"), n)
     attacked = apudae.attacks.pgd(apudae.load_model("mnist/classifier"), x, y, epsilon=0.1)
     stream = torch.where((torch.arange(n) % 10 == 0)[:, None, None, None], attacked, x)
     torch.manual_seed(0)
@@ -75,7 +77,7 @@ def scenes(n: int) -> dict[str, tuple[nn.Module, Tensor, Tensor]]:
     nn.init.normal_(colour.output.weight, std=0.02)
     calibrate(colour, pictures)
     colour.recon_mu *= 0.5  # all of these pictures are "attacked"
-    large, _ = data.take(apudae.load_dataset("photographs", "test"), 2)
+    large, _ = take(apudae.load_dataset("photographs", "test"), 2)
     small = nn.functional.interpolate(large, 32, mode="area").repeat(max(n // 16, 1), 1, 1, 1)
     return {
         "mnist": (apudae.load_model("mnist/dae"), attacked, stream),
@@ -90,7 +92,7 @@ def seconds(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, f
     times = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
-            with evaluate.Stopwatch() as watch:
+            with Stopwatch() as watch:
                 call()
             times[name].append(watch.seconds)
     return {name: statistics.median(found) for name, found in times.items()}

@@ -20,12 +20,13 @@ import yaml
 from attacks import keep
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from apudae import evaluate, files
+from apudae import files
+from apudae.evaluation.results import Stopwatch
 
 PARAMETERS = """products: int = 0  # of matrices
 run: str = "default"  # folder below data/runs/"""
 WORK = "import torch\n\nfor _ in range(products):\n    torch.rand(1000, 1000) @ torch.rand(1000, 1000)"
-SWEEP = [sys.executable, "-c", "from apudae.run import main; main()", "sweep"]
+SWEEP = [sys.executable, "-c", "from apudae.batch.cli import main; main()", "sweep"]
 
 
 def copy_repository(copy: Path) -> None:
@@ -40,7 +41,7 @@ def copy_repository(copy: Path) -> None:
 
 def seconds(command: list[str], copy: Path, cores: set[int]) -> float:
     environment = os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
-    with evaluate.Stopwatch() as watch:
+    with Stopwatch() as watch:
         subprocess.run(
             command,
             cwd=copy,

@@ -11,14 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import all_reduce  # torch's successor of distributed.nn.functional
+from torch.distributed._functional_collectives import all_reduce
 from torch.utils.data import Dataset
 
-from .contracts import check_whole
+from ..contracts import check_whole
 
 
 def in_processes(

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from .contracts import check_at_least, imported
+from ..contracts import check_at_least, imported
+from ..files import data_root
+from .image_files import image_files, read
+from .small import TensorImages
 
 IMAGE_SIZE = 224  # of the networks for ImageNet
 SMALLEST = 8  # pixels of a side: less is no photograph
@@ -23,7 +26,6 @@ EXAMPLES = {  # and what they show, as ImageNet numbers it
     "skimage/data/coffee.png": 967,
     "skimage/data/camera.png": 872,
 }
-ENDINGS = (".jpeg", ".jpg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
 class Photographs(Dataset):
@@ -122,36 +124,20 @@ def landscapes(files: list[Path]) -> np.ndarray:
     return np.stack([np.asarray(image).transpose(2, 0, 1) for image in images])
 
 
-def image_files(folder: Path) -> list[Path]:
-    """The image files of `folder`, by their endings, sorted; none where there is no such folder."""
-    return sorted(file for file in folder.glob("*") if file.suffix.lower() in ENDINGS)
-
-
-def read(file: str | Path, mode: str = "RGB") -> Image.Image:
-    """The image in `file`, 8 bits a channel, in Pillow's `mode`. ValueError, naming the file, if it is broken."""
-    with opened(file) as image:
-        try:
-            return _eight_bits(image).convert(mode)
-        except (OSError, SyntaxError) as error:  # the latter from Pillow's PNG reader
-            raise ValueError(f"{file} is a broken image ({error}); replace or remove it") from error
-
-
-def opened(file: str | Path) -> Image.Image:
-    """The image in `file`, its header read. ValueError, naming the file, if it is none."""
-    try:
-        return Image.open(file)
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{file} is no image that can be read ({error}); replace or remove it") from error
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit grey as 8-bit grey of the same brightness (Pillow's own conversion clips it)."""
-    return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)) if image.mode.startswith("I;16") else image
-
-
 def readers(dataset: Dataset) -> int:
     """How many processes should read `dataset`: a core each for photographs, none for what is in memory."""
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
     alone = current_process().daemon  # one of several training processes may start no others
     return min(8, len(os.sched_getaffinity(0))) if isinstance(dataset, Photographs) and not alone else 0
+
+
+def bsds500(split: str, size: int) -> Dataset:
+    """BSDS500's photographs at 481×321, upright ones turned; "held_out", its val/, as ImageNet's are seen."""
+    folder = data_root() / "bsds500" / {"held_out": "val"}.get(split, split)
+    files = image_files(folder)
+    if not files:
+        raise ValueError(f"{folder} has no photographs; put them there, or set APUDAE_DATA to the folder that has them")
+    if split == "held_out":
+        return Photographs([(file, 0) for file in files], ["photograph"], size)
+    return TensorImages(landscapes(files), np.zeros(len(files), np.int64), ["photograph"])

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .contracts import check_images, check_whole, frozen
+from ..batching import in_batches
+from ..contracts import check_images, check_whole, frozen
 
 
 class Autoencoder(nn.Module):
@@ -206,6 +207,6 @@ def calibrate(dae: nn.Module, images: Tensor, batch_size: int = 32) -> None:
     if len(images) < 2:
         raise ValueError(f"{len(images)} images given; calibration needs at least 2")
     device = dae.recon_mu.device
-    errors = torch.cat([recon_error(dae, batch.to(device)) for batch in images.split(batch_size)])
+    errors = in_batches(lambda batch: recon_error(dae, batch.to(device)), images, batch_size=batch_size)
     dae.recon_mu.copy_(errors.mean())
     dae.recon_sigma.copy_(errors.std())

@@ -1,0 +1,62 @@
+"""What attacks share: their checks, the projection to the ε-ball, gradients of the input alone."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..contracts import as_generator, check_at_least, check_batch, check_whole
+
+
+def check_attack(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    epsilon: float,
+    steps: int | None = None,
+    unclipped: bool = False,
+    **positive: float,
+) -> Tensor:
+    """The images, detached, once all arguments of an attack are found sound."""
+    if not (unclipped and epsilon == math.inf):
+        check_at_least(0, epsilon=epsilon)
+    check_batch(model, x, y)
+    if steps is not None:
+        check_whole(1, steps=steps)
+    for name, value in positive.items():
+        check_at_least(0, **{name: value})
+        if value == 0:
+            raise ValueError(f"{name} is 0; needed: a positive number")
+    return x.detach()
+
+
+def project(moved: Tensor, x: Tensor, epsilon: float) -> Tensor:
+    """`moved` clipped to the ε-ball around `x` and to [0, 1]: Π of Eq. 7, clip of Eq. 8."""
+    return torch.clamp(moved, x - epsilon, x + epsilon).clamp(0, 1)
+
+
+def default_steps(epsilon: float, step_size: float, steps: int | None) -> int:
+    """`steps`, or BIM's ⌊2ε/α + 2⌋ for None."""
+    return int(2 * epsilon / step_size + 2 + 1e-9) if steps is None else steps
+
+
+def _uniform(x: Tensor, epsilon: float, seed: int | torch.Generator) -> Tensor:
+    return ((2 * torch.rand(x.shape, generator=as_generator(seed)) - 1) * epsilon).to(x)
+
+
+def _normal_sign(x: Tensor, seed: int | torch.Generator) -> Tensor:
+    return (torch.rand(x.shape, generator=as_generator(seed)) - 0.5).sign().to(x)  # the sign of N(0, 1) noise
+
+
+def _gradient(loss: Tensor, of: Tensor, *, retain_graph: bool = False) -> Tensor:
+    _require_gradient(loss)
+    return torch.autograd.grad(loss, of, retain_graph=retain_graph)[0]
+
+
+def _require_gradient(output: Tensor) -> None:
+    if not output.requires_grad:
+        raise ValueError(
+            "the model gives no gradient with respect to its input; needed for this attack: a differentiable model "
+            '(a Purifier hides its gradient unless backward is "identity", "dae" or "exact")'
+        )

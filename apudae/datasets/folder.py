@@ -1,0 +1,68 @@
+"""Your own images: a folder for each class, read when they are asked for."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..contracts import check_at_least
+from .image_files import opened, read
+
+
+class FolderImages(Dataset):
+    """Image files read from disk when they are asked for; grey only if all are grey."""
+
+    def __init__(self, path: Path, split: str, image_size: int | None) -> None:
+        from torchvision.datasets import ImageFolder
+
+        if image_size is not None:
+            check_at_least(1, image_size=image_size)
+        if not path.is_dir():
+            raise ValueError(f"{path} is no folder; needed: a folder with a folder of images for each class")
+        ready = [part for part in ("train", "test") if (path / part).is_dir()]
+        if len(ready) == 1:
+            raise ValueError(
+                f"{path} has {ready[0]}/ alone; needed: both train/ and test/, or the class folders directly"
+            )
+        root = path / split if ready else path
+        try:
+            folder = ImageFolder(root)
+        except FileNotFoundError as error:
+            raise ValueError(f"{root} is no folder of images, one folder a class: {error}") from error
+        if ready:
+            found = [sorted(f.name for f in (path / part).iterdir() if f.is_dir()) for part in ("train", "test")]
+            if found[0] != found[1]:
+                raise ValueError(f"{path} has the classes {found[0]} in train/, {found[1]} in test/; needed: the same")
+        self.classes, self.files = folder.classes, folder.samples
+        self._examine(root, image_size)
+        if not ready:
+            of_class = {label: [s for s in folder.samples if s[1] == label] for label in range(len(self.classes))}
+            is_test = {file: i % 5 == 0 for samples in of_class.values() for i, (file, _) in enumerate(samples)}
+            self.files = [sample for sample in folder.samples if is_test[sample[0]] == (split == "test")]
+        if not self.files:
+            raise ValueError(f"{root} has too few images for a {split} split; needed: at least 2 a class")
+        self.labels = torch.tensor([label for _, label in self.files])
+
+    def _examine(self, root: Path, image_size: int | None) -> None:
+        from torchvision.transforms import v2
+
+        sizes, modes = set(), set()
+        for file, _ in self.files:
+            with opened(file) as image:
+                sizes.add(image.size)
+                modes.add(image.mode)
+        if image_size is None and len(sizes) > 1:
+            raise ValueError(
+                f"{root} has images of {len(sizes)} sizes ({min(sizes)} to {max(sizes)}); give image_size=…"
+            )
+        resize = [v2.Resize(image_size, antialias=True), v2.CenterCrop(image_size)] if image_size else []
+        self.mode = "L" if all(mode in ("1", "L") or mode.startswith("I;16") for mode in modes) else "RGB"
+        self.transform = v2.Compose([*resize, v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        file, label = self.files[index]
+        return self.transform(read(file, self.mode)).as_subclass(Tensor).clamp(0, 1), label

@@ -1,0 +1,92 @@
+"""Counting: which images a classifier gets right, by which metric, with which interval."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..batching import in_batches
+from ..contracts import frozen
+from ..models.classifiers import margin
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """`correct` of `n` images, with the 95 % Wilson score interval; `others`: the same by other metrics, by name."""
+
+    correct: int
+    n: int
+    others: dict[str, "Accuracy"] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def value(self) -> float:
+        return self.correct / self.n
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The Wilson score interval (Wilson 1927), which stays in [0, 1] and is sensible at 0 and at 1."""
+        z = 1.959964
+        centre = self.value + z**2 / (2 * self.n)
+        half = z * math.sqrt(self.value * (1 - self.value) / self.n + z**2 / (4 * self.n**2))
+        return max(0.0, (centre - half) / (1 + z**2 / self.n)), min(1.0, (centre + half) / (1 + z**2 / self.n))
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{self.value:.3f} [{low:.3f}, {high:.3f}]"
+
+
+MANY_CLASSES, BEST = 100, (5, 10)  # from so many classes on, top-5 and top-10 are counted too
+
+
+def accuracy(model: nn.Module, x: Tensor, y: Tensor, batch_size: int = 512, *, clean: Tensor | None = None) -> Accuracy:
+    """Share of the images `x` that `model` classifies as `y`.
+
+    From 100 classes on, the accuracy's `others` are "top-5" and "top-10": `y` is among so many likeliest labels. With
+    `clean`, the same images before any attack, also "top-1 of right", …: of those images alone that were right then,
+    by the same metric, so that clean images have 1.0, as in the paper's Table 2.
+    """
+    right = _right(model, x, y, batch_size)
+    counts = {name: Accuracy(int(hit.sum()), len(hit)) for name, hit in right.items()}
+    if clean is not None and len(right) > 1:
+        for name, before in _right(model, clean, y, batch_size).items():
+            if before.any():
+                counts[f"{name} of right"] = Accuracy(int((right[name] & before).sum()), int(before.sum()))
+    first = counts.pop("top-1")
+    return Accuracy(first.correct, first.n, counts)
+
+
+def _right(model: nn.Module, x: Tensor, y: Tensor, batch_size: int) -> dict[str, Tensor]:
+    """Which images are right, by each metric (n,)."""
+    found = best_labels(model, x, max(BEST), batch_size) == y[:, None]
+    sizes = (1, *BEST) if found.shape[1] > 1 else (1,)
+    return {f"top-{size}": found[:, :size].any(1) for size in sizes}
+
+
+@torch.no_grad()
+def best_labels(model: nn.Module, x: Tensor, k: int, batch_size: int = 512) -> Tensor:
+    """The `k` likeliest labels, best first (n, k); of fewer than 100 classes the likeliest alone (n, 1)."""
+
+    def best(batch: Tensor) -> Tensor:
+        logits = model(batch)
+        return logits.topk(k).indices if logits.shape[1] >= MANY_CLASSES else logits.argmax(1, keepdim=True)
+
+    with frozen(model):
+        return in_batches(best, x, batch_size=batch_size, name="classify")
+
+
+def predict(model: nn.Module, x: Tensor, batch_size: int = 512) -> Tensor:
+    """Predicted labels (n,)."""
+    return best_labels(model, x, 1, batch_size)[:, 0]
+
+
+@torch.no_grad()
+def margins(model: nn.Module, x: Tensor, y: Tensor, batch_size: int = 512) -> Tensor:
+    """`classifiers.margin` of each image (n,): negative where `model` is wrong."""
+    with frozen(model):
+        return in_batches(lambda *batch: margin(model(batch[0]), batch[1]), x, y, batch_size=batch_size)
+
+
+def captions(model: nn.Module, x: Tensor, classes: list[str]) -> list[str]:
+    """What `model` reads in each image, in words; a class without a name by its number."""
+    return [f"reads {classes[label] if label < len(classes) else label}" for label in predict(model, x).tolist()]

@@ -1,0 +1,130 @@
+"""Attack × purifier: every attack in batches, every purifier on the images of every attack, rows of both."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..attacks import ATTACKS, parse_spec
+from ..batching import in_batches
+from ..contracts import as_generator, check_known
+from ..files import fingerprint, load_tensors, save_tensors
+from ..purification.config import PurifyConfig
+from ..purification.purifier import Purifier
+from .accuracy import accuracy
+from .results import Stopwatch, result_row
+
+
+def run_attack(
+    name: str,
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *start: Tensor,
+    seed: int = 0,
+    batch_size: int = 256,
+    keep: Path | None = None,
+    **parameters: Any,
+) -> Tensor:
+    """The attack `name` of `apudae.attacks.ATTACKS` ("clean": none) in batches, with `parameters`.
+
+    `start`, if given, is the images that BIM starts from. Attacks with randomness take it from one generator for all
+    batches, others do without the `seed`.
+    With the folder `keep`, each batch is kept there as it is done, and reused when the same model, attack, parameters
+    and images come again: a killed run loses one batch at most.
+    """
+    if name == "clean":
+        return x
+    check_known("attack", name, ["clean", *ATTACKS])
+    generator = as_generator(seed) if "seed" in inspect.signature(ATTACKS[name]).parameters else None
+    noise = {} if generator is None else {"seed": generator}
+    attack = partial(ATTACKS[name], model, **noise, **parameters)
+    if keep is not None:
+        attack = _resumable(attack, keep, name, generator, fingerprint(name, parameters, model))
+    return in_batches(attack, x, y, *start, batch_size=batch_size, name=name, generator=generator)
+
+
+def _resumable(
+    function: Callable[..., Tensor], folder: Path, name: str, generator: torch.Generator | None, about: str
+) -> Callable[..., Tensor]:
+    """`function`, each batch's images written to `folder`, and read there when `about`, batch and generator agree."""
+
+    def read_or_made(*tensors: Tensor) -> Tensor:
+        state = torch.zeros(0, dtype=torch.uint8) if generator is None else generator.get_state()
+        path = folder / f"{name}-{fingerprint(about, tensors, state)}.safetensors"
+        if path.is_file():
+            found, _ = load_tensors(path, advice="delete it, and it is made again")
+            if generator is not None:
+                generator.set_state(found["state"])
+            return found["images"].to(tensors[0])
+        made = function(*tensors)
+        after = state if generator is None else generator.get_state()
+        save_tensors(path, {"images": made.cpu().contiguous(), "state": after}, {"about": about})
+        return made
+
+    return read_or_made
+
+
+def purified_rows(
+    model: nn.Module,
+    dae: nn.Module | None,
+    attacked: dict[str, Tensor],
+    y: Tensor,
+    configs: dict[str, PurifyConfig | nn.Module | None],
+    /,
+    *,
+    parameters: dict[str, dict],
+    seed: int = 0,
+    batch_size: int = 256,
+    keep: Path | None = None,
+    bfloat16: bool = False,
+    **facts: Any,
+) -> tuple[dict[tuple[str, str], Tensor], list[dict]]:
+    """Every purifier of `configs` on the images of every attack ("pgd", "bim@5/255"): purified images, result rows.
+
+    A module (`apudae.baselines`) is taken as it is, None for no purifier. Fewer images than labels are the first so
+    many. `facts` go into the rows. With the folder `keep`, modules are resumable, as `run_attack`; their seconds are
+    then those of the batches that were not there yet. More steps of a variant without memory go on from fewer, if
+    those stand before them. `bfloat16`: the purifiers' networks compute in bfloat16, and the row's device says so.
+    """
+    purified, rows = {}, []
+    for attack, images in attacked.items():
+        seconds: dict[str, float] = {}
+        for purifier, config in configs.items():
+            start, rest = _gone_on_from(config, {name: configs[name] for name in seconds})
+            if isinstance(config, nn.Module):
+                defend = config if keep is None else _resumable(config, keep, purifier, None, fingerprint(config))
+                config = getattr(config, "config", None)
+            else:
+                defend = (lambda batch: batch) if rest is None else Purifier(dae, rest, seed=seed)
+            autocast = torch.autocast(images.device.type, torch.bfloat16, enabled=bfloat16)
+            with torch.no_grad(), autocast, Stopwatch() as watch:
+                ready = purified.get((attack, start), images)
+                result = in_batches(defend, ready, batch_size=batch_size, name=f"{purifier} on {attack}")
+            about = {"attack": parse_spec(attack)[0], "attack_parameters": parameters[attack], "seed": seed, **facts}
+            seconds[purifier] = watch.seconds + seconds.get(start, 0)
+            about |= {"purifier": purifier, "purifier_config": config, "seconds": seconds[purifier]}
+            clean = attacked["clean"][: len(result)] if "clean" in attacked else None
+            found = accuracy(model, result, y[: len(result)], clean=clean)
+            rows.append(result_row(found, device=images.device, **about))
+            rows[-1]["device"] += ", bfloat16" * (bfloat16 and config is not None)
+            purified[attack, purifier] = result
+    return purified, rows
+
+
+def _gone_on_from(
+    config: PurifyConfig | nn.Module | None, done: dict[str, PurifyConfig | nn.Module | None]
+) -> tuple[str, PurifyConfig | nn.Module | None]:
+    """The name among `done` of the longest beginning of `config` ("" if there is none), and what is left to do."""
+    if not isinstance(config, PurifyConfig) or config.has_memory:
+        return "", config
+    same = {name: other for name, other in done.items() if isinstance(other, PurifyConfig)}
+    same = {name: other.steps for name, other in same.items() if replace(other, steps=config.steps) == config}
+    begun = [(count, name) for name, count in same.items() if count <= config.steps]
+    steps, name = max(begun, default=(0, ""))
+    return name, replace(config, steps=config.steps - steps)

@@ -1,0 +1,153 @@
+"""Result rows, and the CSV files of `data/results/` that keep them."""
+
+import json
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+import pandas as pd
+import torch
+
+from ..baselines.defense_gan import ProjectionConfig
+from ..contracts import check_known
+from ..files import locked, provenance, written_aside
+from ..purification.config import PurifyConfig
+from .accuracy import Accuracy
+
+KINDS = ("attack", "ladder", "worst_case")  # one attack by itself; what it and those before it leave; what all leave
+# a new row replaces the row that agrees in all of these
+IDENTITY = ["dataset", "split", "n", "metric", "classifier", "dae", "kind", "attack", "attack_parameters", "position"]
+IDENTITY += ["purifier", "purifier_parameters", "seed", "device"]
+VOLATILE = ["device", "seconds", "commit", "command"]  # columns that may differ between two runs of the same
+WHOLE, REAL = ["n", "seed", "correct"], ["accuracy", "ci_low", "ci_high", "seconds"]
+MAYBE = [
+    "epsilon",
+    "position",
+    "steps",
+    "step_size",
+    "runs",
+    "mean",
+    "std",
+    "worst_of_runs",
+]  # empty where there is none
+
+
+def result_row(
+    measured: Accuracy,
+    *,
+    dataset: str,
+    classifier: str,
+    attack: str,
+    attack_parameters: dict,
+    purifier: str = "none",
+    purifier_config: PurifyConfig | ProjectionConfig | None = None,
+    dae: str = "",
+    split: str = "test",
+    seed: int = 0,
+    device: str = "cpu",
+    seconds: float = 0.0,
+    kind: Literal["attack", "ladder", "worst_case"] = "attack",
+    position: float = math.nan,
+    notebook: str = "",
+) -> dict:
+    """One row of results: what was measured on what, how well, how long, where and by which command.
+
+    `epsilon` is the attack's, `steps` and `step_size` are the purifier's n and α; a `position` is the attack's in the
+    suite. "others" are the figures by other metrics than top-1, if there are any: `record` makes rows of them.
+    """
+    check_known("kind", kind, KINDS)
+    config = asdict(purifier_config) if purifier_config else {}
+    steps = {} if config.get("direct") else config
+    row = {
+        "dataset": dataset,
+        "split": split,
+        "n": measured.n,
+        "metric": "top-1",
+        "classifier": classifier,
+        "dae": dae,
+        "kind": kind,
+        "attack": attack,
+        "epsilon": float(attack_parameters.get("epsilon", math.nan)),
+        "attack_parameters": json.dumps(_without_infinity(attack_parameters), sort_keys=True),
+        "position": position,
+        "purifier": purifier,
+        "steps": steps.get("steps", math.nan),
+        "step_size": steps.get("step_size", math.nan),
+        "purifier_parameters": json.dumps(config, sort_keys=True),
+        "seed": seed,
+        "device": device_name(device),
+        **_figures(measured),
+        "seconds": round(seconds, 2),
+        "notebook": notebook,
+        **provenance(),
+    }
+    return row | {"others": measured.others} if measured.others else row
+
+
+def _figures(measured: Accuracy) -> dict:
+    low, high = (round(end, 5) for end in measured.interval)
+    accuracy = round(measured.value, 5)
+    return {"n": measured.n, "correct": measured.correct, "accuracy": accuracy, "ci_low": low, "ci_high": high}
+
+
+def _without_infinity(parameters: dict) -> dict:
+    return {name: "inf" if value == math.inf else value for name, value in parameters.items()}  # JSON has none
+
+
+def device_name(device: str | torch.device) -> str:
+    """ "cpu", or the name of the GPU."""
+    device = torch.device(device)
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+class Stopwatch:
+    """`with Stopwatch() as watch: …` then `watch.seconds`; waits for CUDA to finish."""
+
+    def __enter__(self) -> "Stopwatch":
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds = time.perf_counter() - self._start
+
+
+def record(path: Path, rows: Iterable[dict]) -> pd.DataFrame:
+    """Add `rows` to the CSV file `path`; a row replaces one of the same identity. Safe beside other writers.
+
+    The last rows of the table that it returns are `rows`, by top-1; before them stand those by their other metrics.
+    """
+    rows = [dict(row) for row in rows]
+    others = [(row, row.pop("others", {})) for row in rows]
+    others = [row | _figures(found) | {"metric": metric} for row, more in others for metric, found in more.items()]
+    new = pd.DataFrame([*others, *rows]).fillna("").astype(str)
+    with locked(path), written_aside(path) as aside:
+        kept = [_read(path)] if path.is_file() else []
+        table = pd.concat([*kept, new], ignore_index=True).drop_duplicates(IDENTITY, keep="last")
+        table.to_csv(aside, index=False)
+    return read_results(path)
+
+
+def read_results(path: Path) -> pd.DataFrame:
+    """The rows of a results file; only its figures are numbers (a commit such as 12345678e9 stays text)."""
+    table = _read(path)
+    table = table.astype(dict.fromkeys(WHOLE, int) | dict.fromkeys(REAL, float))
+    maybe = [name for name in MAYBE if name in table]
+    return table.assign(**{name: pd.to_numeric(table[name]) for name in maybe})
+
+
+def _read(path: Path) -> pd.DataFrame:
+    return pd.read_csv(path, keep_default_na=False, dtype=str)
+
+
+def merge_results(paths: Iterable[Path], merged: Path, stable: Path) -> None:
+    """Write the rows of `paths`, sorted, to `merged`, and of these the columns in which all runs agree to `stable`."""
+    rows = pd.concat([read_results(path) for path in paths]).sort_values(IDENTITY, kind="stable")
+    rows = rows.drop_duplicates(IDENTITY)  # several notebooks show the undefended classifier
+    for path, table in {merged: rows, stable: rows.drop(columns=VOLATILE).drop_duplicates()}.items():
+        with written_aside(path) as aside:
+            table.to_csv(aside, index=False)

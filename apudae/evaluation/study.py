@@ -1,0 +1,167 @@
+"""What a notebook works with: images, labels, networks, attacked images that are made where they are missing, rows."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from torch import Tensor, nn
+
+from ..attacks import attack_settings, parse_spec, project
+from ..checkpoints import load_model
+from ..contracts import check_known
+from ..datasets import load_dataset, look_up, take
+from ..files import ROOT, RUNS, fingerprint, load_tensors, locked, save_tensors
+from ..purification import PurifyConfig
+from .accuracy import Accuracy
+from .grid import purified_rows, run_attack
+from .results import Stopwatch, record, result_row
+
+
+@dataclass
+class Study:
+    """Made by `open_study`. `names` are of data set, split, classifier, dae: the facts of every row."""
+
+    x: Tensor
+    y: Tensor
+    classes: list[str]
+    noun: str
+    classifier: nn.Module
+    dae: nn.Module | None
+    names: dict[str, Any]
+    settings: dict[str, dict[str, Any]]
+    epsilon: float
+    step_size: float
+    attacked: dict[str, Tensor]
+    seconds: dict[str, float]
+    folder: Path
+    path: Path
+
+    def __str__(self) -> str:
+        return f"{len(self.y):,} {self.names['split']} {self.noun} of {self.names['dataset']}"
+
+    def run(self, attack: str, model: nn.Module, n: int | None = None, **more: Any) -> Tensor:
+        """`attack` on another `model` than the classifier, on the first `n` images, with the settings of that name."""
+        name, options = parse_spec(attack)[0], self.setting(attack) | {"keep": self.folder / "adversarial"} | more
+        return run_attack(name, model, self.x[:n], self.y[:n], **{"seed": self.names["seed"]} | options)
+
+    def setting(self, attack: str) -> dict[str, Any]:
+        """The parameters of an attack, such as "bim" or "bim@5/255", on this data set."""
+        if attack not in self.settings:
+            self.settings |= attack_settings(self.names["dataset"], [attack], self.epsilon)
+        return self.settings[attack]
+
+    def purified(
+        self,
+        configs: dict[str, PurifyConfig | nn.Module | None],
+        attacked: dict[str, Tensor] | None = None,
+        parameters: dict[str, dict] | None = None,
+        **options: Any,
+    ) -> tuple[dict[tuple[str, str], Tensor], list[dict]]:
+        """`grid.purified_rows` of these images (by default all attacked ones) before this classifier."""
+        attacked = self.attacked if attacked is None else attacked
+        told = {name: self.setting(name) for name in attacked if name not in (parameters or {})} | (parameters or {})
+        options = {"parameters": told, **self.names, **options}
+        return purified_rows(self.classifier, self.dae, attacked, self.y, configs, **options)
+
+    def row(self, measured: Accuracy, attack: str, **facts: Any) -> dict:
+        """`results.result_row` of this study."""
+        about = {"attack": parse_spec(attack)[0], "attack_parameters": facts.pop("attack_parameters", None)}
+        if about["attack_parameters"] is None:
+            about["attack_parameters"] = self.setting(attack)
+        return result_row(measured, **{"device": self.x.device, **self.names, **about, **facts})
+
+    def record(self, rows: Iterable[dict]) -> pd.DataFrame:
+        """Write `rows` to this study's CSV file; they come back as a table."""
+        rows = list(rows)
+        return record(self.path, rows).tail(len(rows))
+
+
+def open_study(
+    notebook: str,
+    *,
+    dataset: str,
+    n: int,
+    split: str = "test",
+    classifier: str = "",
+    dae: str | None = "",
+    attacks: Sequence[str] = (),
+    epsilon: float = 0.0,
+    step_size: float = 0.0,
+    parameters: dict[str, dict[str, Any]] | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    run: str = "default",
+    results: str = "",
+    table: str = "purified.csv",
+) -> Study:
+    """`n` images of a data set, the networks, and the images under `attacks`, on `device`.
+
+    Empty names, ε and α (`step_size`) of 0 are the data set's own; with `dae` None there is no autoencoder.
+    `parameters` change those of an attack. Attacked images are made where they are missing, kept in
+    data/runs/<run>/attacked/, and reused by every notebook of the run that asks for them, or for fewer. Rows go to
+    `results`, relative to the repository, or to `table` in data/runs/<run>/. ValueError where something is missing.
+    """
+    entry = look_up(dataset)
+    names = {"dataset": dataset, "split": split, "classifier": classifier or entry.classifier, "dae": dae}
+    if dae is not None:
+        names["dae"] = dae or entry.dae
+    for kind in ("classifier", "dae"):
+        if names[kind] == "":
+            raise ValueError(f"{dataset} has no {kind} of its own; give {kind}, a checkpoint's name")
+    source = load_dataset(dataset, split)
+    x, y = (tensor.to(device) for tensor in take(source, n, seed))
+    settings = attack_settings(dataset, ["bim", *attacks], epsilon)
+    for attack, changed in (parameters or {}).items():
+        check_known("attack with other parameters", attack, settings)
+        settings[attack] = settings[attack] | changed
+    study = Study(
+        x,
+        y,
+        list(source.classes),
+        entry.noun,
+        load_model(names["classifier"], device),
+        None if dae is None else load_model(names["dae"], device),
+        names | {"dae": names["dae"] or "", "seed": seed, "notebook": notebook},
+        settings,
+        settings["bim"]["epsilon"],
+        step_size or (entry.budget.step_size if entry.budget else settings["bim"]["step_size"]),
+        {},
+        {},
+        RUNS / run,
+        ROOT / results if results else RUNS / run / table,
+    )
+    for attack in attacks:
+        study.attacked[attack], study.seconds[attack] = _attacked(study, attack)
+    return study
+
+
+def _attacked(study: Study, attack: str) -> tuple[Tensor, float]:
+    """The study's images under an attack of its classifier, and the seconds an image that it once took."""
+    name = parse_spec(attack)[0]
+    if name == "clean":
+        return study.x, 0.0
+    if name in ("cw", "deepfool") and study.settings[attack]["epsilon"] != float("inf"):  # these clip at the end
+        study.settings.setdefault(f"{name}@inf", study.settings[attack] | {"epsilon": float("inf")})
+        free, seconds = _attacked(study, f"{name}@inf")
+        return project(free, study.x, study.settings[attack]["epsilon"]), seconds
+    setting, n = study.settings[attack], len(study.y)
+    about = {key: study.names[key] for key in ("dataset", "split", "seed")} | {"attack": name, "parameters": setting}
+    mark = fingerprint(about, study.classifier)
+    path = study.folder / "attacked" / f"{attack.replace('/', '_')}-{mark}.safetensors"
+    with locked(path):  # notebooks of one run may ask side by side
+        if path.is_file():
+            tensors, told = load_tensors(path, advice="delete it, and it is made again")
+            if len(tensors["images"]) >= n:
+                found = tensors["images"][:n].to(study.x)
+                if not (found - study.x).abs().max() <= setting["epsilon"] + 1e-6:
+                    raise ValueError(f"{path} is of other images; delete it, and it is made again")
+                return found, told["seconds"]
+        keep = study.folder / "adversarial"
+        options = setting | {"seed": study.names["seed"], "keep": keep}
+        with Stopwatch() as watch:
+            made = run_attack(name, study.classifier, study.x, study.y, **options)
+        told = {"seconds": watch.seconds / n} | {"about": {key: str(value) for key, value in about.items()}}
+        save_tensors(path, {"images": made.cpu().contiguous()}, told)
+    return made, told["seconds"]

@@ -1,0 +1,165 @@
+"""Purification (section 2.3): gradient steps on the *image* that lower its reconstruction error (Eq. 2)."""
+
+import math
+from functools import partial
+from typing import get_args
+
+import torch
+from torch import Tensor, nn
+
+from ..autograd import Recomputed, StraightThrough, clipped, smooth_sign
+from ..batching import CACHE, in_batches
+from ..contracts import as_generator, check_images, check_known, frozen
+from ..models.autoencoders import squared_distance
+from .config import Backward, PurifyConfig, resolve_config
+from .steps import Draws, Moments, Step, affine_matrices, per_image, resampled
+
+
+def purify(dae: nn.Module, x: Tensor, config: str | PurifyConfig = "A", seed: int | torch.Generator = 0) -> Tensor:
+    """Purified images, in [0, 1], of the shape of `x` (n, C, H, W); each image's result depends on itself alone.
+
+    `config` is a name in `PRESETS` or a `PurifyConfig`; `steps=0` returns `x` unchanged. Memory does not grow with the
+    number of steps. Works under `torch.no_grad`. Raises ValueError for input that breaks the contracts of `apudae`, and
+    for a configuration that needs μ and σ with an autoencoder that was never calibrated.
+    """
+    return Purifier(dae, config, seed=seed)(x)
+
+
+class Purifier(nn.Module):
+    """`purify` as a layer: `nn.Sequential(Purifier(dae, "A"), classifier)` is a classifier that can be attacked.
+
+    `backward` says what an attacker's gradient sees: "none" nothing (the output is detached), "identity" no purifier
+    (BPDA, Athalye et al. 2018), "dae" one pass through the autoencoder, "exact" all unrolled steps, with smooth
+    stand-ins for sign, Adam's rule and clip on the way back (`LOG.md`: the plain ones mask the gradient). Randomness
+    (F, G) goes on from call to call.
+    """
+
+    def __init__(
+        self,
+        dae: nn.Module,
+        config: str | PurifyConfig = "A",
+        backward: Backward = "none",
+        seed: int | torch.Generator = 0,
+    ) -> None:
+        super().__init__()
+        check_known("backward", backward, get_args(Backward))
+        self.dae, self.config, self.backward = dae, resolve_config(config), backward
+        self.generator = as_generator(seed)
+        if self.config.calibrated and not math.isfinite(getattr(dae, "recon_mu", math.nan)):
+            raise ValueError(
+                f"{self.config} needs μ and σ of the reconstruction error, and this autoencoder has none; "
+                "measure them with apudae.models.calibrate on held-out training images"
+            )
+
+    def extra_repr(self) -> str:
+        return f"{self.config}, backward={self.backward!r}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_images(x)
+        with frozen(self.dae), torch.inference_mode(False):  # gradients of the image are needed in any case
+            x = x.clone() if x.is_inference() else x
+            if self.backward == "exact" and x.requires_grad and torch.is_grad_enabled():
+                return self._purified(x, exact=True)
+            once = partial(self._purified, exact=False)
+            purified = in_batches(once, x.detach(), batch_size=None, numbers=CACHE, generator=self.generator).detach()
+            if self.backward in ("none", "exact"):
+                return purified
+            return StraightThrough.apply(x if self.backward == "identity" else self.dae(x), purified)
+
+    def recorded(self, x: Tensor) -> tuple[Tensor, list[Step]]:
+        """The purified images, all at once and without gradients, and a line for each step that was taken."""
+        check_images(x)
+        lines = []
+        with frozen(self.dae), torch.inference_mode(False):
+            return self._purified(x.detach().clone(), exact=False, lines=lines).detach(), lines
+
+    def _purified(self, x: Tensor, *, exact: bool, lines: list[Step] | None = None) -> Tensor:
+        """X_pur,0 … X_pur,n of Eq. 2; `lines`, if given, grows by one a step."""
+        config = self.config
+        if config.steps == 0 and not config.direct:
+            return x
+        draws = Draws(len(x), self.generator) if config.is_random else None
+        if config.direct:
+            return self.dae(x if draws is None else x + config.noise_std * draws.normal(x)).clamp(0, 1)
+        if config.transforms:  # G: X_pur,0 = t(X_adv, f, θ)
+            chance = draws if config.random_transform else None
+            x = resampled(x, matrix := affine_matrices(x, config.resize, config.rotation, chance))
+        at_rest_for_good = config.loss == "hinge" and config.noise_std == 0
+        active = torch.arange(len(x), device=x.device)  # the images that can still move; the others leave the work
+        if at_rest_for_good:
+            active = active[self._errors(x) > self.dae.recon_mu]
+        moments = Moments(x, config.betas) if config.step_rule == "adam" else None
+        for _ in range(config.steps):
+            if config.noise_std > 0:  # F: X_pur,i + γ r
+                x = self._noisy(x, draws)
+            if len(active) == 0:
+                break
+            errors, gradients = self._errors_and_gradients(x[active], exact=exact)
+            slopes, sizes = self._slopes(errors), self._step_sizes(errors)
+            if lines is not None:
+                lines.append(self._line(x, active, errors, sizes * (slopes != 0), lines))
+            moves = slopes != 0
+            moving = active[moves]
+            gradients = per_image(slopes[moves]) * gradients[moves]
+            step = per_image(sizes[moves]) * self._direction(gradients, moving, moments, exact=exact)
+            x = x.index_put((moving,), clipped(x[moving] - step))  # paper: never clips; here: images stay images
+            if at_rest_for_good:
+                active = moving
+        return resampled(x, torch.linalg.inv(matrix)) if config.transform_back else x
+
+    @torch.no_grad()
+    def _errors(self, x: Tensor) -> Tensor:
+        return squared_distance(x, self.dae(x))
+
+    def _errors_and_gradients(self, x: Tensor, *, exact: bool) -> tuple[Tensor, Tensor]:
+        """dist of each image and its gradient, from one pass: (n,) and (n, C, H, W).
+
+        For `exact`, the graph keeps the images of the step and not the autoencoder's activations, so that memory grows
+        far slower than the number of steps; the backward pass repeats this pass.
+        """
+        return Recomputed.apply(self._pass, x) if exact and x.requires_grad else self._pass(x.detach(), graph=False)
+
+    def _pass(self, x: Tensor, *, graph: bool) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad(), frozen(self.dae):  # the backward pass of an attacker comes after `forward`
+            x = x if graph else x.requires_grad_()
+            errors = squared_distance(x, self.dae(x))
+            (gradients,) = torch.autograd.grad(errors.sum(), x, create_graph=graph)  # of a sum: each image its own
+        return (errors if graph else errors.detach()), gradients
+
+    def _slopes(self, errors: Tensor) -> Tensor:
+        """dL/d dist for each image: 0 where it is to stay."""
+        if self.config.loss == "dist":
+            return torch.ones_like(errors)
+        above = (errors - self.dae.recon_mu).detach()
+        signs = above.sign() if self.config.loss == "two_sided" else (above > 0).to(errors)
+        return signs / self.dae.recon_sigma
+
+    def _step_sizes(self, errors: Tensor) -> Tensor:
+        """α_i for each image."""
+        if self.config.schedule == "constant":
+            return torch.full_like(errors, self.config.step_size)
+        deviations = (errors - self.dae.recon_mu) / self.dae.recon_sigma
+        return self.config.step_size * (1 - torch.exp(-deviations.square()))
+
+    def _direction(self, gradients: Tensor, moving: Tensor, moments: Moments | None, *, exact: bool) -> Tensor:
+        """w_i, scaled so that a step moves a pixel by about α (but for the "gradient" of Eq. 2 itself)."""
+        if self.config.step_rule == "gradient":
+            return gradients
+        if self.config.step_rule == "sign":
+            return smooth_sign(gradients) if exact else gradients.sign()
+        if self.config.step_rule == "l2":
+            norm = per_image(gradients.flatten(1).norm(dim=1)).clamp_min(torch.finfo(gradients.dtype).tiny)
+            return gradients / norm * math.sqrt(gradients[0].numel()) if len(gradients) else gradients
+        return moments.updated(gradients, moving)
+
+    def _noisy(self, x: Tensor, draws: Draws) -> Tensor:
+        if self.config.noise_rule == "normal":
+            return clipped(x + self.config.noise_std * draws.normal(x))
+        above = (self._errors(x.detach()) - self.dae.recon_mu) / self.dae.recon_sigma
+        scale = self.config.noise_std * per_image(above.clamp(0, 1))
+        return clipped(x + scale * (2 * draws.uniform(x) - 1))
+
+    def _line(self, x: Tensor, active: Tensor, errors: Tensor, sizes: Tensor, before: list[Step]) -> Step:
+        resting = before[-1].errors if before else self._errors(x)  # of images that have left the work
+        filled = resting.index_put((active,), errors.detach())
+        return Step(x.detach(), filled, torch.zeros_like(filled).index_put((active,), sizes.detach()))

@@ -1,0 +1,49 @@
+"""The state of a training on disk: weights, optimiser, curve, and whose training it is."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from ..files import written_aside
+
+
+def keep_training(
+    state: Path | None, networks: nn.Module, optimizer: torch.optim.Optimizer, identity: dict, curve: list
+) -> None:
+    """Write weights, optimiser, `identity` (whose training it is) and curve to the file `state`; None: do not."""
+    if state is None:
+        return
+    tensors = {name: tensor.contiguous() for name, tensor in networks.state_dict().items()}
+    for index, values in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": value.contiguous() for name, value in values.items()}
+    with written_aside(state) as aside:
+        save_file(tensors, aside, metadata={"identity": json.dumps(identity), "curve": json.dumps(curve)})
+
+
+def restore_training(
+    state: Path | None, networks: nn.Module, optimizer: torch.optim.Optimizer, identity: dict
+) -> tuple[int, list[dict[str, float]]]:
+    """Load what `keep_training` wrote: the steps done and the curve. ValueError if it is another training's."""
+    if state is None or not state.is_file():
+        return 0, []
+    with safe_open(state, framework="pt", device=str(next(networks.parameters()).device)) as kept:
+        if json.loads(kept.metadata()["identity"]) != json.loads(json.dumps(identity)):
+            raise ValueError(
+                f"{state} belongs to another training ({kept.metadata()['identity']}); "
+                "give another run folder, or delete this one to start over"
+            )
+        weights, moments = {}, {}
+        for key in kept.keys():  # noqa: SIM118  safe_open is no mapping
+            if not key.startswith("optimizer."):
+                weights[key] = kept.get_tensor(key)
+            else:
+                _, index, name = key.split(".", 2)
+                moments.setdefault(int(index), {})[name] = kept.get_tensor(key)
+        curve = json.loads(kept.metadata()["curve"])
+    networks.load_state_dict(weights)
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    return curve[-1]["step"], curve
