@@ -1,5 +1,6 @@
 """What a notebook works with: images, labels, networks, attacked images that are made where they are missing, rows."""
 
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,8 @@ from ..checkpoints import load_model
 from ..contracts import check_known
 from ..datasets import load_dataset, look_up, take
 from ..files import ROOT, RUNS, fingerprint, load_tensors, locked, save_tensors
-from ..purification import PurifyConfig
-from .accuracy import Accuracy
+from ..purification import PurifyConfig, Step, trajectory
+from .accuracy import Accuracy, captions, predict
 from .grid import purified_rows, run_attack
 from .results import Stopwatch, record, result_row
 
@@ -71,6 +72,42 @@ class Study:
         if about["attack_parameters"] is None:
             about["attack_parameters"] = self.setting(attack)
         return result_row(measured, **{"device": self.x.device, **self.names, **about, **facts})
+
+    def follow(self, config: PurifyConfig, attacks: Sequence[str], n: int) -> dict[str, list[Step]]:
+        """Every step of `config` on the first `n` images under each attack."""
+        return {attack: trajectory(self.dae, self.attacked[attack][:n], config) for attack in attacks}
+
+    def strip(self, attack: str, purified: Tensor, purifier: str, count: int = 5) -> tuple[dict, dict]:
+        """For `plots.image_strip`: images that the attack changed, those first that `purified` did not save.
+
+        Below each stands the true label and what the classifier reads; the last column is what is left, × 10.
+        """
+        clean, before, y = self.x[: len(purified)], self.attacked[attack][: len(purified)], self.y[: len(purified)]
+        fooled, failed = (predict(self.classifier, images) != y for images in (before, purified))
+        chosen = (fooled.int() + failed.int()).argsort(descending=True, stable=True)[:count].cpu()
+        shown = {"clean": clean[chosen], attack.upper(): before[chosen], purifier: purified[chosen]}
+        read = {name: captions(self.classifier, images, self.classes) for name, images in shown.items()}
+        read["clean"] = [f"is {self.classes[label]}" for label in y[chosen].tolist()]
+        return shown | {"left × 10": 0.5 + 10 * (shown[purifier] - shown["clean"])}, read
+
+    @property
+    def recon_mu(self) -> float:
+        """μ, the mean reconstruction error of clean held-out training images."""
+        return self.dae.recon_mu.item()
+
+    @property
+    def standard(self) -> bool:
+        """Whether this is the setting whose outcome is known: 50 digits or more, the data set's own networks and ε."""
+        entry = look_up(self.names["dataset"])
+        own = self.names["classifier"] == entry.classifier and self.names["dae"] in ("", entry.dae)
+        return own and entry.noun == "digits" and len(self.y) >= 50 and self.epsilon == entry.budget.epsilon
+
+    def expect(self, holds: bool, sentence: str) -> None:
+        """AssertionError, saying `sentence`, unless it `holds`; in another than the standard setting a warning."""
+        if self.standard:
+            assert holds, sentence
+        elif not holds:
+            warnings.warn(f"not so in this setting: {sentence}", stacklevel=2)
 
     def record(self, rows: Iterable[dict]) -> pd.DataFrame:
         """Write `rows` to this study's CSV file; they come back as a table."""
