@@ -13,7 +13,7 @@ from apudae import PRESETS, attacks
 from apudae.batching import in_batches
 from apudae.evaluation.accuracy import Accuracy, accuracy, captions, predict
 from apudae.evaluation.grid import purified_rows, run_attack
-from apudae.evaluation.results import IDENTITY, merge_results, read_results, record, result_row
+from apudae.evaluation.results import IDENTITY, MAYBE, merge_results, read_results, record, result_row
 from apudae.evaluation.tables import published
 from apudae.purification import purify
 
@@ -93,7 +93,7 @@ def test_run_attack_goes_on_drawing_from_batch_to_batch():
     assert not torch.equal(found[:4], found[4:])
     assert torch.equal(found, run_attack("random", model, x, y, seed=3, batch_size=4, epsilon=0.1))
     assert torch.equal(run_attack("clean", model, x, y), x)
-    with pytest.raises(ValueError, match=r"'pdg' is unknown; there is: random, fgsm"):
+    with pytest.raises(ValueError, match=r"'pdg' is unknown; there is: clean, random, fgsm"):
         run_attack("pdg", model, x, y, epsilon=0.1)
 
 
@@ -165,17 +165,22 @@ def test_record_makes_a_row_of_each_metric(tmp_path):
     assert len(record(tmp_path / "it.csv", rows)) == 12, "they replace themselves"
 
 
-def test_files_without_metrics_are_read_and_merged(tmp_path):
-    record(tmp_path / "old.csv", [row(1, seed=1), row(2, seed=2)])
-    old = pd.read_csv(tmp_path / "old.csv", dtype=str).drop(columns="metric")
-    old.to_csv(tmp_path / "old.csv", index=False)
-    assert read_results(tmp_path / "old.csv").metric.tolist() == ["top-1", "top-1"]
-    table = record(tmp_path / "old.csv", [row(3, seed=2)])
-    assert table.correct.tolist() == [1, 3], "the former row of the same identity is replaced"
-    old.to_csv(tmp_path / "old.csv", index=False)
-    record(tmp_path / "new.csv", [row(4, seed=2)])
-    merge_results([tmp_path / "old.csv", tmp_path / "new.csv"], tmp_path / "all.csv", tmp_path / "stable.csv")
-    assert read_results(tmp_path / "all.csv").correct.tolist() == [1, 2]
+def test_files_of_before_are_named_and_stay_as_they_are(tmp_path):
+    path = tmp_path / "old.csv"
+    record(path, [row(1, seed=1)])
+    pd.read_csv(path, dtype=str).drop(columns=["kind", "position"]).to_csv(path, index=False)
+    before = path.read_bytes()
+    for use in (lambda: read_results(path), lambda: record(path, [row(3, seed=2)])):
+        with pytest.raises(ValueError, match=r"old\.csv .* lacks the columns kind, position; move it away"):
+            use()
+    assert path.read_bytes() == before
+
+
+def test_rows_of_several_files_are_merged(tmp_path):
+    record(tmp_path / "one.csv", [row(1, seed=1), row(2, seed=2)])
+    record(tmp_path / "two.csv", [row(2, seed=2), row(4, seed=3)])
+    merge_results([tmp_path / "one.csv", tmp_path / "two.csv"], tmp_path / "all.csv", tmp_path / "stable.csv")
+    assert read_results(tmp_path / "all.csv").correct.tolist() == [1, 2, 4]
 
 
 @pytest.mark.parametrize(
@@ -215,9 +220,9 @@ def test_batch_that_does_not_fit_is_halved_and_its_noise_stays():
         in_batches(functools.partial(noisy, fits=0), x[:1], generator=generator)
 
 
-def test_table_2s_budgets_have_names_of_their_own():
+def test_table_2s_budgets_are_named_with_their_epsilon():
     model, x, y = linear_classifier(12), images(2, 3, 2, 2), torch.zeros(2).long()
-    for name, size in {"bim_5": 5, "bim_25": 25, "bim": 8}.items():
+    for name, size in {"bim@5/255": 5, "bim@25/255": 25, "bim": 8}.items():
         settings = attacks.attack_settings("imagenet")[name]
         found = run_attack(attacks.parse_spec(name)[0], model, x, y, **settings)
         assert 0.9 * size / 255 < (found - x).abs().max() <= size / 255 + 1e-6
@@ -240,9 +245,9 @@ def test_record_adds_and_reads_back(tmp_path):
     path = tmp_path / "deep" / "it.csv"
     record(path, [row(1, seed=1), row(2, seed=2)])
     returned = record(path, [row(3, seed=3)])
-    read = pd.read_csv(path, keep_default_na=False)
+    read = pd.read_csv(path, keep_default_na=False, na_values={name: [""] for name in MAYBE})
     assert read.correct.tolist() == [1, 2, 3]
-    assert returned[read.columns].to_dict("list") == read.to_dict("list")
+    pd.testing.assert_frame_equal(returned[read.columns], read, check_dtype=False)
     assert [file.name for file in path.parent.iterdir() if not file.name.endswith(".lock")] == ["it.csv"]
 
 

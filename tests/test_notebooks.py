@@ -89,7 +89,7 @@ def test_cells_are_short_and_define_nothing(cells):
 
 
 def test_every_claim_is_checked(cells):
-    assert any(re.search(r"^\s*assert ", cell.source, re.MULTILINE) for cell in code(cells))
+    assert any(re.search(r"^\s*(assert |study\.expect\()", cell.source, re.MULTILINE) for cell in code(cells))
 
 
 def test_is_committed_executed_in_order(cells):

@@ -11,7 +11,6 @@ from apudae.batch import notebooks
 from apudae.batch.cli import main
 from apudae.batch.html import page
 from apudae.batch.notebooks import (
-    NOTEBOOKS,
     NotebookError,
     check_parameters,
     declared_parameters,
@@ -153,7 +152,7 @@ def test_failure_then_success(tiny):
     executed = run_notebook("07_tiny", {"rate": "2", "run": "mine"})
     assert executed == tiny / "mine" / "07_tiny.ipynb"
     assert files_below(tiny) == ["mine/07_tiny.html", "mine/07_tiny.ipynb"]
-    assert [file.name for file in NOTEBOOKS.iterdir()] == ["07_tiny.ipynb"]  # no sockets of the kernel
+    assert [file.name for file in notebooks.NOTEBOOKS.iterdir()] == ["07_tiny.ipynb"]  # no sockets of the kernel
     assert tagged_text(executed, "result").strip() == "steps 3 rate 2.0"
     notebook = nbformat.read(executed, as_version=4)
     texts = [output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", [])]

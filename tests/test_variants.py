@@ -8,6 +8,7 @@ from conftest import LinearDAE, images, seeded, tiny_dae
 from torch import nn
 
 import apudae
+from apudae.batching import CACHE, parts
 from apudae.models import DAE, calibrate, recon_error
 from apudae.purification import PRESETS, PurifyConfig, preset, purify, trajectory
 from apudae.purification.steps import affine_matrices, resampled
@@ -248,7 +249,7 @@ def test_trajectory_of_many_images_ends_where_purify_does(name):
     dae.recon_mu.fill_(0.0)
     dae.recon_sigma.fill_(1.0)
     config = replace(PRESETS[name], steps=2)
-    assert len(apudae.Purifier(dae, config).parts(x)) > 1
+    assert len(parts(x, CACHE)) > 1
     path = apudae.trajectory(dae, x, config)
     assert [len(step.images) for step in path] == [12, 12, 12]
     assert path[-1].images.equal(purify(dae, x, config))

@@ -143,7 +143,7 @@ def load_dataset(
         raise ValueError(f"skip_broken is for ImageNet's folders alone; {name} must be whole")
     if split in entry.splits:
         return entry.load(split, image_size, skip_broken)
-    if split == "held_out" and "train" in entry.splits:
+    if split == "held_out":
         return training_parts(name, image_size, skip_broken)[1]
     raise ValueError(f"{name} has no split {split!r}; there is: {', '.join(entry.splits)}")
 

@@ -21,6 +21,7 @@ KINDS = ("attack", "ladder", "worst_case")  # one attack by itself; what it and 
 # a new row replaces the row that agrees in all of these
 IDENTITY = ["dataset", "split", "n", "metric", "classifier", "dae", "kind", "attack", "attack_parameters", "position"]
 IDENTITY += ["purifier", "purifier_parameters", "seed", "device"]
+COLUMNS = [*IDENTITY, "epsilon", "steps", "step_size", "correct", "accuracy", "notebook", "command"]
 VOLATILE = ["device", "seconds", "commit", "command"]  # columns that may differ between two runs of the same
 WHOLE, REAL = ["n", "seed", "correct"], ["accuracy", "ci_low", "ci_high", "seconds"]
 MAYBE = [
@@ -124,7 +125,8 @@ def record(path: Path, rows: Iterable[dict]) -> pd.DataFrame:
     rows = [dict(row) for row in rows]
     others = [(row, row.pop("others", {})) for row in rows]
     others = [row | _figures(found) | {"metric": metric} for row, more in others for metric, found in more.items()]
-    new = pd.DataFrame([*others, *rows]).fillna("").astype(str)
+    new = pd.DataFrame([*others, *rows], dtype=object)  # whole numbers stay whole
+    new = new.where(new.notna(), "").astype(str)
     with locked(path), written_aside(path) as aside:
         kept = [_read(path)] if path.is_file() else []
         table = pd.concat([*kept, new], ignore_index=True).drop_duplicates(IDENTITY, keep="last")
@@ -141,12 +143,16 @@ def read_results(path: Path) -> pd.DataFrame:
 
 
 def _read(path: Path) -> pd.DataFrame:
-    return pd.read_csv(path, keep_default_na=False, dtype=str)
+    table = pd.read_csv(path, keep_default_na=False, dtype=str)
+    if missing := [name for name in COLUMNS if name not in table]:
+        lacks = f"it lacks the columns {', '.join(missing)}"
+        raise ValueError(f"{path} is no file of results, or an older one: {lacks}; move it away")
+    return table
 
 
 def merge_results(paths: Iterable[Path], merged: Path, stable: Path) -> None:
     """Write the rows of `paths`, sorted, to `merged`, and of these the columns in which all runs agree to `stable`."""
-    rows = pd.concat([read_results(path) for path in paths]).sort_values(IDENTITY, kind="stable")
+    rows = pd.concat([_read(path) for path in paths]).sort_values(IDENTITY, kind="stable")
     rows = rows.drop_duplicates(IDENTITY)  # several notebooks show the undefended classifier
     for path, table in {merged: rows, stable: rows.drop(columns=VOLATILE).drop_duplicates()}.items():
         with written_aside(path) as aside:

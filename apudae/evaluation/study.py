@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from ..attacks import attack_settings, parse_spec, project
 from ..checkpoints import load_model
-from ..contracts import check_known
 from ..datasets import load_dataset, look_up, take
 from ..files import ROOT, RUNS, fingerprint, load_tensors, locked, save_tensors
 from ..purification import PurifyConfig, Step, trajectory
@@ -136,7 +135,7 @@ def open_study(
     """`n` images of a data set, the networks, and the images under `attacks`, on `device`.
 
     Empty names, ε and α (`step_size`) of 0 are the data set's own; with `dae` None there is no autoencoder.
-    `parameters` change those of an attack. Attacked images are made where they are missing, kept in
+    `parameters` change those of the attacks that they name. Attacked images are made where they are missing, kept in
     data/runs/<run>/attacked/, and reused by every notebook of the run that asks for them, or for fewer. Rows go to
     `results`, relative to the repository, or to `table` in data/runs/<run>/. ValueError where something is missing.
     """
@@ -150,9 +149,9 @@ def open_study(
     source = load_dataset(dataset, split)
     x, y = (tensor.to(device) for tensor in take(source, n, seed))
     settings = attack_settings(dataset, ["bim", *attacks], epsilon)
-    for attack, changed in (parameters or {}).items():
-        check_known("attack with other parameters", attack, settings)
-        settings[attack] = settings[attack] | changed
+    for attack in settings:
+        for name in {attack, parse_spec(attack)[0]} & (parameters or {}).keys():
+            settings[attack] = settings[attack] | parameters[name]
     study = Study(
         x,
         y,

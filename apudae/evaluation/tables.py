@@ -17,7 +17,7 @@ def published(dataset: str) -> pd.DataFrame:
     From Tables 1 to 3; "best" is that table's "APuDAE (Best)" where it does not say which variant it is.
     """
     rows = pd.read_csv(RESULTS / "paper.csv")
-    rows = rows[rows.dataset == look_up(dataset).published]
+    rows = rows[rows.dataset == (look_up(dataset).published if dataset else "")]
     return rows.pivot(index="attack", columns="purifier", values="accuracy").loc[
         rows.attack.unique(), rows.purifier.unique()
     ]
@@ -68,7 +68,8 @@ def main_table(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     The paper's columns stand beside ours.
     """
     dataset = "".join(rows.dataset.head(1))
-    every = ["clean", *attack_settings(dataset), "counter_attack_a"]
+    own = [*attack_settings(dataset)] if dataset and look_up(dataset).budget else [*rows.attack.unique()]
+    every = [*dict.fromkeys(["clean", *own, "counter_attack_a"])]
     rows = labelled(rows[rows.kind == "attack"])
     rows = rows[rows.attack.isin(every)].drop_duplicates(["attack", "purifier"], keep="last")
     attacks, order, paper = [name for name in every if name in set(rows.attack)], [*PLAIN, *PRESETS], published(dataset)
