@@ -1,17 +1,24 @@
 # One environment in .venv, made by the first target that needs it; `make PYTHON=python3.12 demo` to choose another Python.
 PYTHON ?= $(firstword $(shell command -v python3.11 python3 python 2>/dev/null))
 BIN := .venv/bin
+JOBS ?= auto# test processes, a core each
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout=1200
 ifdef APUDAE_DATA
 export APUDAE_DATA := $(abspath $(APUDAE_DATA))
 endif
 
-.PHONY: demo test lab notebooks paper format clean
+.PHONY: demo check test lab notebooks paper format clean
 demo: .venv/ready  ## attack 200 real digits, purify them, print the table
 	$(BIN)/apudae run 00_quickstart
 
-test: .venv/ready  ## lint, all tests, all notebooks replayed
-	rm -rf data/runs/default  # what notebooks wrote at their default scale: they must train again
-	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=600 --durations=8 tests notebooks
+check: .venv/ready  ## what to run before a commit: lint, spelling, types of the core, quick tests, two notebooks
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/codespell && $(BIN)/mypy
+	$(PYTEST) -m "not slow" -q tests notebooks/00_quickstart.ipynb notebooks/17_results_tables.ipynb
+
+test: .venv/ready  ## all of it: every test, every notebook replayed from nothing, in a folder of runs of its own
+	rm -rf data/runs/.test
+	APUDAE_RUNS=data/runs/.test $(PYTEST) --durations=8 tests notebooks
+	rm -rf data/runs/.test
 
 lab: .venv/ready  ## JupyterLab on loopback, with a token, at the first notebook
 	$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 $(if $(filter 0,$(shell id -u)),--allow-root) \

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CHECKPOINTS = ROOT / "data" / "checkpoints"
 DOWNLOADS = ROOT / "data" / "downloads"
 RESULTS = ROOT / "data" / "results"
-RUNS = ROOT / "data" / "runs"
+RUNS = ROOT / os.environ.get("APUDAE_RUNS", "data/runs")  # where notebooks write
 
 
 def data_root() -> Path:

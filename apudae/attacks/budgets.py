@@ -34,7 +34,7 @@ def attack_settings(dataset: str, specs: Iterable[str] = (), epsilon: float = 0.
     if budget is None and not epsilon:
         raise ValueError(f"{dataset} has no ε of its own; give epsilon, in [0, 1] pixels, such as 0.0314 (8/255)")
     further = [spec_of("bim", size) for size in (budget.further if budget else ())]
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for spec in specs or [*PARAMETERS, *UNBOUNDED, *further]:
         attack, own = parse_spec(spec)
         if attack == "clean":

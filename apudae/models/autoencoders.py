@@ -15,6 +15,9 @@ class Autoencoder(nn.Module):
     images (Eq. 2), NaN until `calibrate` measures them. `output`, the last layer, starts at zero.
     """
 
+    recon_mu: Tensor
+    recon_sigma: Tensor
+
     def __init__(self, name: str, channels: int, depth: int, width: int) -> None:
         super().__init__()
         self.architecture = {"name": name, "channels": channels, "depth": depth, "width": width}
@@ -22,12 +25,12 @@ class Autoencoder(nn.Module):
         self.register_buffer("recon_mu", torch.tensor(torch.nan))
         self.register_buffer("recon_sigma", torch.tensor(torch.nan))
 
-    def end_with(self, output: nn.Module) -> None:
+    def end_with(self, output: nn.Conv2d | nn.ConvTranspose2d) -> None:
         """Make `output` the last layer."""
         # paper: initial weights not said; here: the last layer starts at zero, so that training starts at the identity
         self.output = output
-        nn.init.zeros_(output.weight)
-        nn.init.zeros_(output.bias)
+        output.weight.data.zero_()
+        output.bias.data.zero_()
 
     def check(self, x: Tensor) -> None:
         """Raise ValueError for images that do not fit this network."""
@@ -115,7 +118,7 @@ class UNet(Autoencoder):
 def _leaky(before: int, after: int, size: int = 3) -> nn.Sequential:
     convolution = nn.Conv2d(before, after, size, padding=size // 2)
     nn.init.kaiming_normal_(convolution.weight, a=0.1)
-    nn.init.zeros_(convolution.bias)
+    convolution.bias.data.zero_()
     return nn.Sequential(convolution, nn.LeakyReLU(0.1))
 
 
@@ -161,7 +164,7 @@ class _Residual(nn.Module):
         super().__init__()
         self.first, self.second = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
         nn.init.zeros_(self.second.weight)
-        nn.init.zeros_(self.second.bias)
+        self.second.bias.data.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.second(F.relu(self.first(x)))
@@ -199,7 +202,7 @@ def recon_error(dae: nn.Module, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def calibrate(dae: nn.Module, images: Tensor, batch_size: int = 32) -> None:
+def calibrate(dae: Autoencoder, images: Tensor, batch_size: int = 32) -> None:
     """Store mean and standard deviation of the reconstruction error of `images` in the autoencoder's buffers.
 
     `images` must be training images that no weight was fitted on; never test images.

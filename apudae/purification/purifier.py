@@ -69,7 +69,7 @@ class Purifier(nn.Module):
     def recorded(self, x: Tensor) -> tuple[Tensor, list[Step]]:
         """The purified images, all at once and without gradients, and a line for each step that was taken."""
         check_images(x)
-        lines = []
+        lines: list[Step] = []
         with frozen(self.dae), torch.inference_mode(False):
             return self._purified(x.detach().clone(), exact=False, lines=lines).detach(), lines
 
@@ -90,7 +90,7 @@ class Purifier(nn.Module):
             active = active[self._errors(x) > self.dae.recon_mu]
         moments = Moments(x, config.betas) if config.step_rule == "adam" else None
         for _ in range(config.steps):
-            if config.noise_std > 0:  # F: X_pur,i + γ r
+            if config.noise_std > 0 and draws:  # F: X_pur,i + γ r
                 x = self._noisy(x, draws)
             if len(active) == 0:
                 break
