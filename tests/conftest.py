@@ -9,6 +9,12 @@ from apudae.datasets import take
 from apudae.models import DAE
 
 
+@pytest.fixture(autouse=True)
+def _runs_of_its_own(monkeypatch):
+    """What a test starts writes where it would for a user; the replayed notebooks have APUDAE_RUNS (Makefile)."""
+    monkeypatch.delenv("APUDAE_RUNS", raising=False)
+
+
 @pytest.fixture(scope="session")
 def digits():
     """200 held-out digits, 20 of each class, and their labels."""

@@ -63,11 +63,11 @@ def apgd(
     x = check_attack(model, x, y, epsilon=epsilon, steps=steps)
     check_known("loss", loss, LOSSES)
     _classes(model, x, needed=3 if loss == "dlr" else 2)
-    drawn = _drawn(seed)
+    number = _as_integer(seed)
     if epsilon == 0:
         return x.clone()
-    options = {"n_iter": steps, "loss": loss, "seed": drawn, "device": x.device, "logger": logging.getLogger("apgd")}
-    options["logger"].setLevel(logging.ERROR)  # of zero gradients, which are why there are other rungs
+    options = {"n_iter": steps, "loss": loss, "seed": number, "device": x.device, "logger": logging.getLogger("apgd")}
+    options["logger"].setLevel(logging.ERROR)  # of zero gradients: the suite has attacks for these
     with frozen(model), torch.random.fork_rng():
         found = APGDAttack(model, eps=epsilon, **options).perturb(x, y)
     return project(found.detach(), x, epsilon)
@@ -84,11 +84,11 @@ def _run(
 ) -> Tensor:
     x = check_attack(model, x, y, epsilon=epsilon)
     classes = _classes(model, x, needed=4 if choice["version"] in VERSIONS else 2)
-    drawn = _drawn(seed)
+    number = _as_integer(seed)
     if epsilon == 0:
         return x.clone()
     with frozen(model), torch.random.fork_rng():
-        attack = AutoAttack(model, eps=epsilon, seed=drawn, device=x.device, **choice)
+        attack = AutoAttack(model, eps=epsilon, seed=number, device=x.device, **choice)
         attack.logger.setLevel(logging.ERROR)  # its warnings of random and of dynamic defenses: the ladder is for these
         attack.square.n_queries = queries
         attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = min(9, classes - 1)
@@ -104,5 +104,5 @@ def _classes(model: nn.Module, x: Tensor, needed: int) -> int:
     return classes
 
 
-def _drawn(seed: int | torch.Generator) -> int:
+def _as_integer(seed: int | torch.Generator) -> int:
     return int(torch.randint(2**31, (1,), generator=as_generator(seed)))

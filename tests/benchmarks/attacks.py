@@ -15,7 +15,7 @@ import torch
 from apudae.datasets import take
 from apudae.evaluation.results import Stopwatch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "attacks"))
 import peers
 
 import apudae

@@ -1,13 +1,18 @@
 """The structure of the package: arrows go down only, every module says its one job, what is public is documented."""
 
 import ast
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
 
 import pytest
 
+from apudae.attacks import ATTACKS, PARAMETERS
+from apudae.checkpoints import ARCHITECTURES
+from apudae.datasets import DATASETS
 from apudae.files import ROOT
+from apudae.models import autoencoders
 
 PACKAGE = ROOT / "apudae"
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -107,3 +112,27 @@ def test_nothing_is_set_behind_the_back(module):
 def test_ruff(words):
     ruff = subprocess.run([sys.executable, "-m", "ruff", *words, "."], cwd=ROOT, capture_output=True, text=True)
     assert ruff.returncode == 0, ruff.stdout + ruff.stderr
+
+
+# --- what CONTRIBUTING.md says is noticed -----------------------------------------------------------------------------
+
+
+def test_every_data_set_is_described():
+    rows = re.findall(r"^\| `([^`]+)` \|", (ROOT / "data" / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(rows) == sorted([*DATASETS, "folder:PATH"])
+
+
+def test_every_autoencoder_can_be_saved_and_loaded():
+    classes = {kind for kind in vars(autoencoders).values() if isinstance(kind, type)}
+    ours = {kind for kind in classes if issubclass(kind, autoencoders.Autoencoder)} - {autoencoders.Autoencoder}
+    assert ours <= set(ARCHITECTURES.values())
+    assert all(kind().architecture["name"] == name for name, kind in ARCHITECTURES.items())
+
+
+def test_every_attack_of_the_tables_is_an_attack():
+    assert set(PARAMETERS) <= set(ATTACKS)
+
+
+def test_every_notebook_stands_in_the_readme():
+    listed = re.findall(r"\(notebooks/(\w+)\.ipynb\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")} == set(listed)
