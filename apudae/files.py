@@ -60,8 +60,8 @@ def load_tensors(path: Path, advice: str) -> tuple[dict[str, Tensor], Any]:
     if not path.is_file():
         raise ValueError(f"{path} is missing; {advice}")
     try:
-        with safe_open(path, framework="pt") as kept:
-            return {name: kept.get_tensor(name) for name in kept.keys()}, json.loads(kept.metadata()["settings"])  # noqa: SIM118
+        with safe_open(path, framework="pt") as stored:
+            return {name: stored.get_tensor(name) for name in stored.keys()}, json.loads(stored.metadata()["settings"])  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is broken ({error}); {advice}") from error
 

@@ -184,23 +184,23 @@ def ladder(
                 purifier = _purifier(dae, config, seed + runs + position)  # not the random numbers of the judges
                 todo = worst.todo
                 if len(todo):
-                    # a random purifier's draws go on from batch to batch, which a batch that was kept would not know
-                    kept = keep if samples == 1 or each.surrogate == "classifier" else None
-                    options = each.parameters | {"seed": seed, "batch_size": batch_size, "keep": kept}
+                    # a random purifier's draws go on from batch to batch, which a batch read from disk would not know
+                    folder = keep if samples == 1 or each.surrogate == "classifier" else None
+                    options = each.parameters | {"seed": seed, "batch_size": batch_size, "keep": folder}
                     start, model = [worst.images[todo]] if each.warm else [], seen(purifier)[each.surrogate]
                     found = run_attack(each.attack, model, x[todo], y[todo], *start, **options)
                     left = torch.stack([margins(judge, found, y[todo], batch_size) for judge in judges], 1)
                     worst.update(todo, found, left, position, each.parameters.get("epsilon", 0))
-            told = {"attack_parameters": each.parameters | {"eot_samples": samples}, "seconds": watch.seconds}
-            told |= {"kind": "ladder", "position": position}
-            rows.append(_ladder_row(worst, attack=each.name, **told, **about, **facts))
+            described = {"attack_parameters": each.parameters | {"eot_samples": samples}, "seconds": watch.seconds}
+            described |= {"kind": "ladder", "position": position}
+            rows.append(_ladder_row(worst, attack=each.name, **described, **about, **facts))
             if path:
                 save_tensors(path, worst.tensors, rows)
         progress.set_postfix(worst_case=rows[position]["accuracy"])
     epsilon = max((each.parameters.get("epsilon", 0.0) for each in chosen), default=0.0)
     parameters = {"suite": [each.name for each in chosen], "eot_samples": samples, "epsilon": epsilon}
-    told = {"attack_parameters": parameters, "kind": "worst_case", "seconds": sum(row["seconds"] for row in rows)}
-    total = _ladder_row(worst, attack="worst_case", **told, **about, **facts)
+    described = {"attack_parameters": parameters, "kind": "worst_case", "seconds": sum(row["seconds"] for row in rows)}
+    total = _ladder_row(worst, attack="worst_case", **described, **about, **facts)
     broken_by = [[*(each.name for each in chosen), ""][position] for position in worst.broken_by.tolist()]
     record = pd.DataFrame({"label": y.tolist(), "broken_by": broken_by, "runs_right": worst.hits.sum(1).tolist()})
     return Ladder([*rows, total], record, worst.images)

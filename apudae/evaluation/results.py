@@ -128,8 +128,8 @@ def record(path: Path, rows: Iterable[dict]) -> pd.DataFrame:
     new = pd.DataFrame([*others, *rows], dtype=object)  # whole numbers stay whole
     new = new.where(new.notna(), "").astype(str)
     with locked(path), written_aside(path) as aside:
-        kept = [_read(path)] if path.is_file() else []
-        table = pd.concat([*kept, new], ignore_index=True).drop_duplicates(IDENTITY, keep="last")
+        before = [_read(path)] if path.is_file() else []
+        table = pd.concat([*before, new], ignore_index=True).drop_duplicates(IDENTITY, keep="last")
         table.to_csv(aside, index=False)
     return read_results(path)
 

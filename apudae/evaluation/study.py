@@ -61,8 +61,10 @@ class Study:
     ) -> tuple[dict[tuple[str, str], Tensor], list[dict]]:
         """`grid.purified_rows` of these images (by default all attacked ones) before this classifier."""
         attacked = self.attacked if attacked is None else attacked
-        told = {name: self.setting(name) for name in attacked if name not in (parameters or {})} | (parameters or {})
-        options = {"parameters": told, **self.names, **options}
+        settings = {name: self.setting(name) for name in attacked if name not in (parameters or {})} | (
+            parameters or {}
+        )
+        options = {"parameters": settings, **self.names, **options}
         return purified_rows(self.classifier, self.dae, attacked, self.y, configs, **options)
 
     def row(self, measured: Accuracy, attack: str, **facts: Any) -> dict:
@@ -188,16 +190,16 @@ def _attacked(study: Study, attack: str) -> tuple[Tensor, float]:
     path = study.folder / "attacked" / f"{attack.replace('/', '_')}-{mark}.safetensors"
     with locked(path):  # notebooks of one run may ask side by side
         if path.is_file():
-            tensors, told = load_tensors(path, advice="delete it, and it is made again")
+            tensors, facts = load_tensors(path, advice="delete it, and it is made again")
             if len(tensors["images"]) >= n:
                 found = tensors["images"][:n].to(study.x)
                 if not (found - study.x).abs().max() <= setting["epsilon"] + 1e-6:
                     raise ValueError(f"{path} is of other images; delete it, and it is made again")
-                return found, told["seconds"]
+                return found, facts["seconds"]
         keep = study.folder / "adversarial"
         options = setting | {"seed": study.names["seed"], "keep": keep}
         with Stopwatch() as watch:
             made = run_attack(name, study.classifier, study.x, study.y, **options)
-        told = {"seconds": watch.seconds / n} | {"about": {key: str(value) for key, value in about.items()}}
-        save_tensors(path, {"images": made.cpu().contiguous()}, told)
-    return made, told["seconds"]
+        facts = {"seconds": watch.seconds / n} | {"about": {key: str(value) for key, value in about.items()}}
+        save_tensors(path, {"images": made.cpu().contiguous()}, facts)
+    return made, facts["seconds"]

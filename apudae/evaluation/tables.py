@@ -47,7 +47,7 @@ def with_interval(rows: pd.DataFrame) -> pd.Series:
 def of_study(
     rows: pd.DataFrame, classifier: str, dae: str, steps: list[int], step_size: float, metric: str = "top-1"
 ) -> pd.DataFrame:
-    """The rows on test images of a classifier, undefended or behind an autoencoder with these n and this α.
+    """The rows on test images of a classifier, undefended or with an autoencoder with these n and this α.
 
     Of several `steps`, purifiers with all but the first name theirs, such as "A (n = 12)". Fewest images first.
     """
@@ -84,8 +84,8 @@ def main_table(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     counts = rows.groupby("attack").n.agg(["min", "max"]).reindex(attacks)
     images = [f"{low}" if low == high else f"{low}–{high}" for low, high in counts.itertuples(index=False)]
     beside = paper.add_suffix(" (paper)").reindex(attacks).astype(object).fillna("–")
-    place = rows.attack.map(attacks.index) * 100 + rows.purifier.map(purifiers.index)
-    return rows.loc[place.sort_values().index], cells.assign(images=images).join(beside).rename_axis(
+    order_of_rows = rows.attack.map(attacks.index) * 100 + rows.purifier.map(purifiers.index)
+    return rows.loc[order_of_rows.sort_values().index], cells.assign(images=images).join(beside).rename_axis(
         index=None, columns=None
     )
 

@@ -180,8 +180,8 @@ def _reflected(x: Tensor, multiple: int) -> Tensor:
         size = x.shape[dimension]
         if missing := -size % multiple:
             period = max(1, 2 * (size - 1))
-            place = torch.arange(size + missing, device=x.device) % period
-            x = x.index_select(dimension, torch.minimum(place, period - place))
+            index = torch.arange(size + missing, device=x.device) % period
+            x = x.index_select(dimension, torch.minimum(index, period - index))
     return x
 
 

@@ -98,8 +98,8 @@ class ResNet(nn.Sequential):
             raise ValueError(f"depth is {depth}; needed: 6k + 4, for k blocks in each of three groups (10, 16, 22, 28)")
         blocks, before = [], 16
         for group in range(3):
-            for place in range((depth - 4) // 6):
-                after, stride = 16 * width * 2**group, 2 if group and not place else 1
+            for block in range((depth - 4) // 6):
+                after, stride = 16 * width * 2**group, 2 if group and not block else 1
                 blocks.append(_Residual(before, after, stride))
                 before = after
         super().__init__(
@@ -128,9 +128,9 @@ class _Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = F.relu(self.norms[0](x))
-        kept = x if self.shortcut is None else self.shortcut(h)
+        carried = x if self.shortcut is None else self.shortcut(h)
         h = F.relu(self.norms[1](self.convolutions[0](h)))
-        return kept + self.convolutions[1](h)
+        return carried + self.convolutions[1](h)
 
 
 class ResNet8(nn.Sequential):

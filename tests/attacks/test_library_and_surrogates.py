@@ -193,18 +193,18 @@ def test_memory_of_the_exact_gradient_hardly_grows():
 def test_counter_attack_b():
     dae, model = LinearDAE(16), linear_classifier(16, 5, dtype=torch.float64)
     x = images(6, 1, 4, 4, low=0.3, high=0.7, dtype=torch.float64)
-    y, watched = model(x).argmax(1), ClassifierWithReconstructionError(model, dae)
-    before, found = set_gradients(watched), {}
+    y, with_error = model(x).argmax(1), ClassifierWithReconstructionError(model, dae)
+    before, found = set_gradients(with_error), {}
     for beta in (0.0, 1.0, 100.0):
-        found[beta] = counter_attack_b(watched, x, y, epsilon=0.1, beta=beta)
+        found[beta] = counter_attack_b(with_error, x, y, epsilon=0.1, beta=beta)
         assert (found[beta] - x).abs().max() <= 0.1 + 1e-6
-    assert snapshot(watched) == before
+    assert snapshot(with_error) == before
     assert torch.equal(found[0.0], attacks.bim(model, x, y, epsilon=0.1))
-    errors = [watched.errors(found[beta]).sum() for beta in found]
+    errors = [with_error.errors(found[beta]).sum() for beta in found]
     assert errors[0] > errors[1] >= errors[2]
-    assert errors[2] < watched.errors(x).sum()
+    assert errors[2] < with_error.errors(x).sum()
     with pytest.raises(ValueError, match="beta is -1"):
-        counter_attack_b(watched, x, y, epsilon=0.1, beta=-1)
+        counter_attack_b(with_error, x, y, epsilon=0.1, beta=-1)
 
 
 def test_the_exact_gradient_is_of_use(dae, classifier, digits):
