@@ -6,10 +6,11 @@ The contracts, stated once:
 - Models return logits and normalise inside, so attacks and purifiers see pixels.
 - `attack(model, x, y, *, epsilon, …) -> x_adv` is a pure function: inside the ε-ball and [0, 1]; weights, their
   gradients and the model's mode are as before; device and dtype are kept.
-- `purify(dae, x, config) -> x_pur`; `Purifier(dae, config, backward="none")` is a module, so
+- `purify(dae, x, config, seed, ids) -> x_pur`; `Purifier(dae, config, backward="none")` is a module, so
   `nn.Sequential(Purifier(…), classifier)` is a classifier that any attack library can attack. `steps=0` is the
   identity.
-- Randomness comes from an explicit seed or CPU generator. An image's result never depends on its batch.
+- Randomness comes from an explicit seed or CPU generator. An image's noise comes from the seed and its entry in `ids`
+  (by default its place in the call): its result never depends on its batch.
 - Wrong input raises ValueError: what was given, what is needed and, for a name, what there is.
 """
 

@@ -101,11 +101,12 @@ def purified_rows(
                 defend = config if keep is None else _resumable(config, keep, purifier, None, fingerprint(config))
                 config = getattr(config, "config", None)
             else:
-                defend = (lambda batch: batch) if rest is None else Purifier(dae, rest, seed=seed)
+                defend = _nothing if rest is None else Purifier(dae, rest, seed=seed)
             autocast = torch.autocast(images.device.type, torch.bfloat16, enabled=bfloat16)
             with torch.no_grad(), autocast, Stopwatch() as watch:
                 ready = purified.get((attack, start), images)
-                result = in_batches(defend, ready, batch_size=batch_size, name=f"{purifier} on {attack}")
+                given = [ready, torch.arange(len(ready))] if isinstance(defend, Purifier) else [ready]
+                result = in_batches(defend, *given, batch_size=batch_size, name=f"{purifier} on {attack}")
             about = {"attack": parse_spec(attack)[0], "attack_parameters": parameters[attack], "seed": seed, **facts}
             seconds[purifier] = watch.seconds + seconds.get(start, 0)
             about |= {"purifier": purifier, "purifier_config": config, "seconds": seconds[purifier]}
@@ -115,6 +116,10 @@ def purified_rows(
             rows[-1]["device"] += ", bfloat16" * (bfloat16 and config is not None)
             purified[attack, purifier] = result
     return purified, rows
+
+
+def _nothing(images: Tensor) -> Tensor:
+    return images
 
 
 def _gone_on_from(

@@ -41,10 +41,10 @@ class FixedNoise(nn.Module):
 
     def __init__(self, model: nn.Module, purifier: nn.Module) -> None:
         super().__init__()
-        self.model, self.generator, self.state = model, purifier.generator, purifier.generator.get_state()
+        self.model, self.purifier, self.calls = model, purifier, purifier.calls
 
     def forward(self, x: Tensor) -> Tensor:
-        self.generator.set_state(self.state)
+        self.purifier.calls = self.calls
         return self.model(x)
 
 
@@ -94,7 +94,7 @@ def surrogates(
     if dae is not None:
         through["bpda_dae"] = nn.Sequential(BPDA(purifier, direct), classifier)
     if isinstance(purifier, Purifier):
-        exact = Purifier(purifier.dae, purifier.config, "exact", purifier.generator)
+        exact = Purifier(purifier.dae, purifier.config, "exact", purifier.seed)
         through |= {"trajectory": Trajectory(purifier, classifier), "exact": nn.Sequential(exact, classifier)}
         if samples > 1:
             found["fixed"] = FixedNoise(through["exact"], exact)

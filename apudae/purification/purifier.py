@@ -15,14 +15,23 @@ from .config import Backward, PurifyConfig, resolve_config
 from .steps import Draws, Moments, Step, affine_matrices, per_image, resampled
 
 
-def purify(dae: nn.Module, x: Tensor, config: str | PurifyConfig = "A", seed: int | torch.Generator = 0) -> Tensor:
+def purify(
+    dae: nn.Module,
+    x: Tensor,
+    config: str | PurifyConfig = "A",
+    seed: int | torch.Generator = 0,
+    ids: Tensor | None = None,
+) -> Tensor:
     """Purified images, in [0, 1], of the shape of `x` (n, C, H, W); each image's result depends on itself alone.
+
+    Random variants draw an image's noise from `seed` and from its entry in `ids` (n,), by default its place in `x`: a
+    part of the images with its ids has the same noise, bit for bit, whatever is purified beside it.
 
     `config` is a name in `PRESETS` or a `PurifyConfig`; `steps=0` returns `x` unchanged. Memory does not grow with the
     number of steps. Works under `torch.no_grad`. Raises ValueError for input that breaks the contracts of `apudae`, and
     for a configuration that needs μ and σ with an autoencoder that was never calibrated.
     """
-    return Purifier(dae, config, seed=seed)(x)
+    return Purifier(dae, config, seed=seed)(x, ids)
 
 
 class Purifier(nn.Module):
@@ -31,7 +40,7 @@ class Purifier(nn.Module):
     `backward` says what an attacker's gradient sees: "none" nothing (the output is detached), "identity" no purifier
     (BPDA, Athalye et al. 2018), "dae" one pass through the autoencoder, "exact" all unrolled steps, with smooth
     stand-ins for sign, Adam's rule and clip on the way back (`LOG.md`: the plain ones mask the gradient). Randomness
-    (F, G) goes on from call to call.
+    (F, G) is that of `purify` in a call with `ids`; without, each call draws anew, the first as if ids were 0, 1, ….
     """
 
     def __init__(
@@ -44,7 +53,7 @@ class Purifier(nn.Module):
         super().__init__()
         check_known("backward", backward, get_args(Backward))
         self.dae, self.config, self.backward = dae, resolve_config(config), backward
-        self.generator = as_generator(seed)
+        self.seed, self.calls = int(torch.randint(2**31, (1,), generator=as_generator(seed))), 0
         if self.config.calibrated and not math.isfinite(getattr(dae, "recon_mu", math.nan)):
             raise ValueError(
                 f"{self.config} needs μ and σ of the reconstruction error, and this autoencoder has none; "
@@ -54,31 +63,42 @@ class Purifier(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.config}, backward={self.backward!r}"
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
         check_images(x)
+        seed, ids = self._next(x, ids)
         with frozen(self.dae), torch.inference_mode(False):  # gradients of the image are needed in any case
             x = x.clone() if x.is_inference() else x
             if self.backward == "exact" and x.requires_grad and torch.is_grad_enabled():
-                return self._purified(x, exact=True)
-            once = partial(self._purified, exact=False)
-            purified = in_batches(once, x.detach(), batch_size=None, numbers=CACHE, generator=self.generator).detach()
+                return self._purified(x, ids, seed, exact=True)
+            once = partial(self._purified, seed=seed, exact=False)
+            purified = in_batches(once, x.detach(), ids, batch_size=None, numbers=CACHE).detach()
             if self.backward in ("none", "exact"):
                 return purified
             return StraightThrough.apply(x if self.backward == "identity" else self.dae(x), purified)
 
-    def recorded(self, x: Tensor) -> tuple[Tensor, list[Step]]:
+    def recorded(self, x: Tensor, ids: Tensor | None = None) -> tuple[Tensor, list[Step]]:
         """The purified images, all at once and without gradients, and a line for each step that was taken."""
         check_images(x)
+        seed, ids = self._next(x, ids)
         lines: list[Step] = []
         with frozen(self.dae), torch.inference_mode(False):
-            return self._purified(x.detach().clone(), exact=False, lines=lines).detach(), lines
+            return self._purified(x.detach().clone(), ids, seed, exact=False, lines=lines).detach(), lines
 
-    def _purified(self, x: Tensor, *, exact: bool, lines: list[Step] | None = None) -> Tensor:
+    def _next(self, x: Tensor, ids: Tensor | None) -> tuple[int, Tensor]:
+        """The seed of this call, and the ids of its images."""
+        if ids is not None:
+            if ids.shape != x.shape[:1] or ids.is_floating_point():
+                raise ValueError(f"ids are {ids.dtype} of shape {tuple(ids.shape)}; needed: whole numbers ({len(x)},)")
+            return self.seed, ids
+        self.calls += self.config.is_random
+        return self.seed + max(0, self.calls - 1), torch.arange(len(x))
+
+    def _purified(self, x: Tensor, ids: Tensor, seed: int, *, exact: bool, lines: list[Step] | None = None) -> Tensor:
         """X_pur,0 … X_pur,n of Eq. 2; `lines`, if given, grows by one a step."""
         config = self.config
         if config.steps == 0 and not config.direct:
             return x
-        draws = Draws(len(x), self.generator) if config.is_random else None
+        draws = Draws(seed, ids) if config.is_random else None
         if config.direct:
             return self.dae(x if draws is None else x + config.noise_std * draws.normal(x)).clamp(0, 1)
         if config.transforms:  # G: X_pur,0 = t(X_adv, f, θ)

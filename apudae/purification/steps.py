@@ -1,5 +1,6 @@
 """Parts of a purification step: randomness for each image, G's transform, Adam's moments."""
 
+import hashlib
 from typing import NamedTuple
 
 import torch
@@ -18,11 +19,12 @@ class Step(NamedTuple):
 
 
 class Draws:
-    """Random numbers with a generator for each image, so that an image's noise does not depend on its batch."""
+    """Random numbers with a generator for each image, so that its noise depends on `seed` and its id alone."""
 
-    def __init__(self, n: int, generator: torch.Generator) -> None:
-        seeds = torch.randint(2**62, (n,), generator=generator).tolist()
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    def __init__(self, seed: int, ids: Tensor) -> None:
+        """`ids` (n,): of two images with the same one the numbers are the same."""
+        words = [hashlib.blake2b(f"{seed},{image}".encode(), digest_size=7) for image in ids.tolist()]
+        self.generators = [torch.Generator().manual_seed(int(word.hexdigest(), 16)) for word in words]
 
     def normal(self, x: Tensor) -> Tensor:
         """N(0, 1) in the shape of `x`."""

@@ -1,16 +1,17 @@
 """Variants B to G: their first two steps by hand on a linear autoencoder, and what each must keep."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from conftest import LinearDAE, images, seeded, tiny_dae
+from conftest import LinearDAE, images, tiny_dae
 from torch import nn
 
 import apudae
 from apudae.batching import CACHE, parts
 from apudae.models import DAE, calibrate, recon_error
-from apudae.purification import PRESETS, PurifyConfig, preset, purify, trajectory
+from apudae.purification import PRESETS, Purifier, PurifyConfig, preset, purify, trajectory
 from apudae.purification.steps import affine_matrices, resampled
 
 ALPHA = 0.01
@@ -88,9 +89,19 @@ def test_random_variants_repeat_under_a_seed_whatever_the_batch(name):
     whole = purify(dae, x, name, seed=5)
     assert torch.equal(purify(dae, x, name, seed=5), whole)
     assert not torch.equal(purify(dae, x, name, seed=6), whole)
-    going_on = seeded(5)
-    parts = [purify(dae, part, name, seed=going_on) for part in (x[:1], x[1:])]
-    torch.testing.assert_close(torch.cat(parts), whole)
+    ids = torch.arange(len(x))
+    parts_of_it = [purify(dae, part, name, seed=5, ids=own) for part, own in zip(x.split(2), ids.split(2), strict=True)]
+    close = partial(torch.testing.assert_close, rtol=0, atol=1e-12)  # a matrix product rounds by the batch's size
+    close(torch.cat(parts_of_it), whole)
+    some = torch.tensor([3, 0])
+    close(purify(dae, x[some], name, seed=5, ids=some), whole[some])  # without the others, in any order
+    assert not torch.equal(purify(dae, x[some], name, seed=5), whole[some]), "an image's id is its place by default"
+    layer = Purifier(dae, name, seed=5)
+    assert torch.equal(layer(x), whole), "the first call"
+    assert not torch.equal(layer(x), whole), "each call without ids draws anew"
+    assert torch.equal(layer(x, ids), whole)
+    with pytest.raises(ValueError, match=r"ids are torch.int64 of shape \(2,\); needed: whole numbers"):
+        purify(dae, x, name, ids=some)
 
 
 def test_adaptive_noise_spares_images_under_mu():
