@@ -2,6 +2,8 @@
 
 import importlib
 import math
+import numbers
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -30,6 +32,8 @@ def check_images(x: Tensor) -> None:
 def check_batch(model: nn.Module, x: Tensor, y: Tensor) -> None:
     """Raise ValueError unless `model` can classify the images `x` and every label in `y` is one of its classes."""
     check_images(x)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"the model is of type {type(model).__name__}; needed: a torch.nn.Module")
     if not isinstance(y, Tensor) or y.dtype != torch.int64 or y.shape != x.shape[:1]:
         given = f"{y.dtype} of shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
         raise ValueError(f"labels are {given}; needed: int64 of shape ({len(x)},), one for each image")
@@ -41,24 +45,43 @@ def check_batch(model: nn.Module, x: Tensor, y: Tensor) -> None:
         )
     if y.device != x.device:
         raise ValueError(f"labels are on {y.device}, images on {x.device}; needed: the same device")
-    with torch.no_grad(), frozen(model):
-        classes = model(x[:1]).shape[1]
+    classes = check_logits(model, x[:1])
     low, high = y.min().item(), y.max().item()
     if low < 0 or high >= classes:
         raise ValueError(f"labels span {low} to {high}; this model knows the classes 0 to {classes - 1}")
 
 
+def check_logits(model: nn.Module, x: Tensor, needed: int = 2) -> int:
+    """The number of classes that `model` gives a logit for. ValueError for fewer than `needed`, or if it gives others.
+
+    A warning where the logits look like probabilities: their gradients vanish where the model is sure.
+    """
+    with torch.no_grad(), frozen(model):
+        try:
+            logits = model(x)
+        except RuntimeError as error:  # shapes that do not fit, by their layer's own words
+            raise ValueError(f"the model cannot take images of shape {tuple(x.shape)}: {error}") from error
+    if not isinstance(logits, Tensor) or logits.shape[:1] != x.shape[:1] or logits.ndim != 2:
+        given = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"type {type(logits).__name__}"
+        raise ValueError(f"the model's output is of {given}; needed: logits ({len(x)}, classes), a tensor")
+    if logits.shape[1] < needed:
+        raise ValueError(f"the model has {logits.shape[1]} classes; needed here: at least {needed}")
+    if (logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-3).all():
+        warnings.warn("the model seems to return probabilities; needed: logits, before any softmax", stacklevel=4)
+    return logits.shape[1]
+
+
 def check_at_least(minimum: float, **values: float) -> None:
     """Raise ValueError for the first named value that is no finite number or is below `minimum`."""
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not minimum <= value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not minimum <= value < math.inf:
             raise ValueError(f"{name} is {value!r}; needed: a finite number of at least {minimum}")
 
 
 def check_whole(minimum: int, **values: int) -> None:
     """Raise ValueError for the first named value that is no whole number or is below `minimum`."""
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < minimum:
             raise ValueError(f"{name} is {value!r}; needed: a whole number of at least {minimum}")
 
 

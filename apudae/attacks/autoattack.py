@@ -8,7 +8,7 @@ from pyautoattack import AutoAttack
 from pyautoattack.autopgd_base import APGDAttack
 from torch import Tensor, nn
 
-from ..contracts import as_generator, check_known, check_whole, frozen
+from ..contracts import as_generator, check_known, check_logits, check_whole, frozen
 from .common import check_attack, project
 
 VERSIONS, LOSSES = ("standard", "rand"), ("ce", "dlr")
@@ -62,7 +62,7 @@ def apgd(
     """
     x = check_attack(model, x, y, epsilon=epsilon, steps=steps)
     check_known("loss", loss, LOSSES)
-    _classes(model, x, needed=3 if loss == "dlr" else 2)
+    check_logits(model, x[:1], needed=3 if loss == "dlr" else 2)  # of the difference-of-logits ratio
     number = _as_integer(seed)
     if epsilon == 0:
         return x.clone()
@@ -83,7 +83,7 @@ def _run(
     **choice: Any,
 ) -> Tensor:
     x = check_attack(model, x, y, epsilon=epsilon)
-    classes = _classes(model, x, needed=4 if choice["version"] in VERSIONS else 2)
+    classes = check_logits(model, x[:1], needed=4 if choice["version"] in VERSIONS else 2)
     number = _as_integer(seed)
     if epsilon == 0:
         return x.clone()
@@ -94,14 +94,6 @@ def _run(
         attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = min(9, classes - 1)
         adversarial, _ = attack.run_standard_evaluation(x, y, batch_size=len(x))
     return project(adversarial, x, epsilon)
-
-
-def _classes(model: nn.Module, x: Tensor, needed: int) -> int:
-    with torch.no_grad(), frozen(model):
-        classes = model(x[:1]).shape[1]
-    if classes < needed:
-        raise ValueError(f"the model has {classes} classes; the difference-of-logits ratio needs at least {needed}")
-    return classes
 
 
 def _as_integer(seed: int | torch.Generator) -> int:

@@ -1,6 +1,7 @@
 """What attacks share: their checks, the projection to the ε-ball, gradients of the input alone."""
 
 import math
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -41,20 +42,33 @@ def default_steps(epsilon: float, step_size: float, steps: int | None) -> int:
     return int(2 * epsilon / step_size + 2 + 1e-9) if steps is None else steps
 
 
-def _uniform(x: Tensor, epsilon: float, seed: int | torch.Generator) -> Tensor:
+def uniform(x: Tensor, epsilon: float, seed: int | torch.Generator) -> Tensor:
+    """U[−epsilon, epsilon] in the shape of `x`."""
     return ((2 * torch.rand(x.shape, generator=as_generator(seed)) - 1) * epsilon).to(x)
 
 
-def _normal_sign(x: Tensor, seed: int | torch.Generator) -> Tensor:
-    return (torch.rand(x.shape, generator=as_generator(seed)) - 0.5).sign().to(x)  # the sign of N(0, 1) noise
+def normal_sign(x: Tensor, seed: int | torch.Generator) -> Tensor:
+    """The sign of N(0, 1) noise in the shape of `x`."""
+    return (torch.rand(x.shape, generator=as_generator(seed)) - 0.5).sign().to(x)
 
 
-def _gradient(loss: Tensor, of: Tensor, *, retain_graph: bool = False) -> Tensor:
-    _require_gradient(loss)
-    return torch.autograd.grad(loss, of, retain_graph=retain_graph)[0]
+def gradient_of(loss: Tensor, x: Tensor, *, retain_graph: bool = False) -> Tensor:
+    """The gradient of `loss`, 0 where it is no finite number, so that no image becomes NaN."""
+    require_gradient(loss)
+    found = torch.autograd.grad(loss, x, retain_graph=retain_graph)[0]
+    return torch.nan_to_num(found, nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def _require_gradient(output: Tensor) -> None:
+def warn_of_zeros(gradient: Tensor) -> None:
+    """A warning, with their share, of images whose whole gradient is exactly zero: no step can move them."""
+    share = (gradient.flatten(1).abs().amax(1) == 0).double().mean().item()
+    if share > 0.05:
+        text = f"{share:.0%} of the images have a gradient of exactly zero, so that this attack cannot move them"
+        warnings.warn(f'{text}; a loss that does not vanish may: attacks.apgd(…, loss="dlr")', stacklevel=4)
+
+
+def require_gradient(output: Tensor) -> None:
+    """ValueError unless `output` can be differentiated."""
     if not output.requires_grad:
         raise ValueError(
             "the model gives no gradient with respect to its input; needed for this attack: a differentiable model "

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from ..contracts import check_at_least, frozen
 from ..models.autoencoders import squared_distance
-from .common import check_attack, default_steps, project
+from .common import check_attack, default_steps, gradient_of, project
 
 
 class ClassifierWithReconstructionError(nn.Module):
@@ -47,6 +47,5 @@ def counter_attack_b(
             with torch.enable_grad():
                 # paper: prints + β and forgets the classifier; here: − β, because the text wants the error small
                 loss = F.cross_entropy(model(moved), y, reduction="sum") - beta * model.errors(moved).sum()
-            (gradient,) = torch.autograd.grad(loss, moved)
-            moved = project(moved.detach() + step_size * gradient.sign(), x, epsilon)
+            moved = project(moved.detach() + step_size * gradient_of(loss, moved).sign(), x, epsilon)
     return moved

@@ -4,14 +4,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..contracts import as_generator, check_whole, frozen
-from .common import _gradient, _normal_sign, _uniform, check_attack, default_steps, project
+from ..contracts import as_generator, check_images, check_whole, frozen
+from .common import check_attack, default_steps, gradient_of, normal_sign, project, uniform, warn_of_zeros
 
 
 def random(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float, seed: int | torch.Generator = 0) -> Tensor:
     """Uniform noise in [−epsilon, epsilon] (Eq. 5), clipped to [0, 1]."""
     x = check_attack(model, x, y, epsilon=epsilon)
-    return (x + _uniform(x, epsilon, seed)).clamp(0, 1)
+    return (x + uniform(x, epsilon, seed)).clamp(0, 1)
 
 
 def fgsm(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float) -> Tensor:
@@ -25,7 +25,7 @@ def r_fgsm(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float, seed: int 
     """FGSM after a random step: x + ε/2·sign(noise), then FGSM of the other half (Tramèr et al. 2018)."""
     x = check_attack(model, x, y, epsilon=epsilon)
     # paper: not defined; here: Tramèr et al. with α = ε/2, total ε, because the authors' script leaves the ball
-    start = (x + epsilon / 2 * _normal_sign(x, seed)).clamp(0, 1)
+    start = (x + epsilon / 2 * normal_sign(x, seed)).clamp(0, 1)
     with frozen(model):
         return _ascend(model, x, y, start, epsilon / 2, epsilon)
 
@@ -45,6 +45,10 @@ def bim(
     From `x`, or from the images `start`, which another attack has found.
     """
     x = check_attack(model, x, y, epsilon=epsilon, step_size=step_size, steps=steps)
+    if start is not None:
+        check_images(start)
+        if start.shape != x.shape:
+            raise ValueError(f"start has shape {tuple(start.shape)}, the images {tuple(x.shape)}; needed: the same")
     start = x if start is None else project(start, x, epsilon)
     with frozen(model):
         return iterate(model, x, y, start, epsilon, step_size, default_steps(epsilon, step_size, steps))
@@ -69,7 +73,7 @@ def pgd(
     best, highest = x, torch.full_like(y, -torch.inf, dtype=x.dtype)
     with frozen(model):
         for _ in range(restarts):
-            start = (x + _uniform(x, epsilon, generator)).clamp(0, 1)
+            start = (x + uniform(x, epsilon, generator)).clamp(0, 1)
             reached = iterate(model, x, y, start, epsilon, step_size, steps)
             with torch.no_grad():
                 loss = F.cross_entropy(model(reached), y, reduction="none")
@@ -83,15 +87,19 @@ def iterate(
     model: nn.Module, x: Tensor, y: Tensor, start: Tensor, epsilon: float, step_size: float, steps: int
 ) -> Tensor:
     """The loop of BIM and PGD alone, from `start` within the ε-ball around `x`: nothing checked, `model` not frozen."""
-    for _ in range(steps):
-        start = _ascend(model, x, y, start, step_size, epsilon)
+    for step in range(steps):
+        start = _ascend(model, x, y, start, step_size, epsilon, first=step == 0)
     return start
 
 
-def _ascend(model: nn.Module, x: Tensor, y: Tensor, at: Tensor, step_size: float, epsilon: float) -> Tensor:
+def _ascend(
+    model: nn.Module, x: Tensor, y: Tensor, at: Tensor, step_size: float, epsilon: float, first: bool = True
+) -> Tensor:
     """One sign step up the cross-entropy from `at`, projected to the ball around `x` and to [0, 1]."""
     at = at.detach().requires_grad_()
     with torch.enable_grad():
         loss = F.cross_entropy(model(at), y, reduction="sum")
-    gradient = _gradient(loss, at)
+    gradient = gradient_of(loss, at)
+    if first:
+        warn_of_zeros(gradient)
     return project(at.detach() + step_size * gradient.sign(), x, epsilon)

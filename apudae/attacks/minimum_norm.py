@@ -6,7 +6,7 @@ from tqdm import tqdm
 
 from ..contracts import check_at_least, check_whole, frozen
 from ..models.classifiers import margin
-from .common import _gradient, _require_gradient, check_attack, project
+from .common import check_attack, gradient_of, project, require_gradient
 
 
 def cw(
@@ -97,8 +97,8 @@ def _cw_descend(
             above = margin(model(image), y[active])
             loss = length + c[active] * (above + confidence).clamp_min(0)
             total = loss.sum()
-        _require_gradient(above)
-        (gradient,) = torch.autograd.grad(total, w)
+        require_gradient(above)
+        gradient = gradient_of(total, w)
         with torch.no_grad():
             better = (above < 0) & (length < shortest[active])
             best[active[better]], shortest[active[better]] = image[better], length[better]
@@ -121,7 +121,7 @@ def _to_nearest_border(model: nn.Module, x: Tensor, y: Tensor, rivals: Tensor) -
         x = x.detach().requires_grad_()
         logits = model(x)
         above = logits.gather(1, rivals) - logits.gather(1, y[:, None])
-        gradients = [_gradient(above[:, k].sum(), x, retain_graph=True) for k in range(rivals.shape[1])]
+        gradients = [gradient_of(above[:, k].sum(), x, retain_graph=True) for k in range(rivals.shape[1])]
     slopes = torch.stack(gradients, 1).flatten(2)
     distances = above.detach().abs() / slopes.norm(dim=2).clamp_min(1e-12)
     nearest = distances.argmin(1)

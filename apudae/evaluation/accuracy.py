@@ -1,13 +1,14 @@
 """Counting: which images a classifier gets right, by which metric, with which interval."""
 
 import math
+import warnings
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from ..batching import in_batches
-from ..contracts import frozen
+from ..contracts import check_batch, frozen
 from ..models.classifiers import margin
 
 
@@ -36,6 +37,7 @@ class Accuracy:
         return f"{self.value:.3f} [{low:.3f}, {high:.3f}]"
 
 
+NO_LABEL = -1
 MANY_CLASSES, BEST = 100, (5, 10)  # from so many classes on, top-5 and top-10 are counted too
 
 
@@ -58,6 +60,7 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor, batch_size: int = 512, *, c
 
 def _right(model: nn.Module, x: Tensor, y: Tensor, batch_size: int) -> dict[str, Tensor]:
     """Which images are right, by each metric (n,)."""
+    check_batch(model, x, y)
     found = best_labels(model, x, max(BEST), batch_size) == y[:, None]
     sizes = (1, *BEST) if found.shape[1] > 1 else (1,)
     return {f"top-{size}": found[:, :size].any(1) for size in sizes}
@@ -65,14 +68,21 @@ def _right(model: nn.Module, x: Tensor, y: Tensor, batch_size: int) -> dict[str,
 
 @torch.no_grad()
 def best_labels(model: nn.Module, x: Tensor, k: int, batch_size: int = 512) -> Tensor:
-    """The `k` likeliest labels, best first (n, k); of fewer than 100 classes the likeliest alone (n, 1)."""
+    """The `k` likeliest labels, best first (n, k); of fewer than 100 classes the likeliest alone (n, 1).
+
+    −1, with a warning, where the logits are no finite numbers: such an image is never right.
+    """
 
     def best(batch: Tensor) -> Tensor:
         logits = model(batch)
-        return logits.topk(k).indices if logits.shape[1] >= MANY_CLASSES else logits.argmax(1, keepdim=True)
+        labels = logits.topk(k).indices if logits.shape[1] >= MANY_CLASSES else logits.argmax(1, keepdim=True)
+        return labels.masked_fill(~logits.isfinite().all(1, keepdim=True), NO_LABEL)
 
     with frozen(model):
-        return in_batches(best, x, batch_size=batch_size, name="classify")
+        labels = in_batches(best, x, batch_size=batch_size, name="classify")
+    if strange := int((labels[:, 0] == NO_LABEL).sum()):
+        warnings.warn(f"{strange} of {len(x)} images have logits that are not finite: counted as wrong", stacklevel=3)
+    return labels
 
 
 def predict(model: nn.Module, x: Tensor, batch_size: int = 512) -> Tensor:
@@ -89,4 +99,5 @@ def margins(model: nn.Module, x: Tensor, y: Tensor, batch_size: int = 512) -> Te
 
 def captions(model: nn.Module, x: Tensor, classes: list[str]) -> list[str]:
     """What `model` reads in each image, in words; a class without a name by its number."""
-    return [f"reads {classes[label] if label < len(classes) else label}" for label in predict(model, x).tolist()]
+    names = dict(enumerate(classes)) | {NO_LABEL: "nothing"}
+    return [f"reads {names.get(label, label)}" for label in predict(model, x).tolist()]

@@ -62,7 +62,9 @@ class WorstCase:
     def update(self, todo: Tensor, found: Tensor, margins: Tensor, position: int, epsilon: float) -> None:
         """Take `found`, of the images `todo`, where it is worse. ValueError outside the ε-ball or [0, 1]."""
         far, low, high = (found - self.x[todo]).abs().max().item(), found.min().item(), found.max().item()
-        if far > epsilon + 1e-6 or low < 0 or high > 1:
+        if not margins.isfinite().all():
+            raise ValueError("the classifier's logits are not finite for some images; that is no attack's success")
+        if not (far <= epsilon + 1e-6 and low >= 0 and high <= 1):  # so written, NaN is refused too
             raise ValueError(
                 f"an attack moved a pixel by {far:g} to [{low:g}, {high:g}]; needed: ε = {epsilon:g}, [0, 1]"
             )
@@ -111,6 +113,7 @@ def attack_suite(
     long = few | {"step_size": 2.5 * epsilon / steps}  # Madry et al. 2018
     return [
         *(SuiteAttack(f"gray_{name}", "classifier", name, settings[name]) for name in gray),
+        SuiteAttack("gray_apgd_dlr", "classifier", "apgd", few | {"loss": "dlr"}),  # where the cross-entropy vanishes
         SuiteAttack("transfer", "other", "pgd", settings["pgd"]),
         SuiteAttack("counter_attack_a", "dae", "bim", bim),
         *(

@@ -188,7 +188,8 @@ def _reflected(x: Tensor, multiple: int) -> Tensor:
 def squared_distance(x: Tensor, output: Tensor) -> Tensor:
     """dist(X, Y) = (X − Y)² of Eq. 2, summed over C·H·W: (n,)."""
     # paper: sum or mean not said; here: the sum, as in the authors' script
-    return (x - output).square().flatten(1).sum(1)
+    difference = (x - output).to(torch.promote_types(x.dtype, torch.float32))  # bfloat16 has too few digits for a sum
+    return difference.square().flatten(1).sum(1)
 
 
 def recon_error(dae: nn.Module, x: Tensor) -> Tensor:
@@ -211,5 +212,10 @@ def calibrate(dae: Autoencoder, images: Tensor, batch_size: int = 32) -> None:
         raise ValueError(f"{len(images)} images given; calibration needs at least 2")
     device = dae.recon_mu.device
     errors = in_batches(lambda batch: recon_error(dae, batch.to(device)), images, batch_size=batch_size)
+    if not 0 < errors.std() < torch.inf:
+        raise ValueError(
+            f"the errors of {len(images)} images have mean {errors.mean():g} and deviation {errors.std():g}; "
+            "needed: a deviation that is finite and above 0, so images that differ"
+        )
     dae.recon_mu.copy_(errors.mean())
     dae.recon_sigma.copy_(errors.std())

@@ -47,6 +47,10 @@ class PurifyConfig:
         check_at_least(0, step_size=self.step_size, noise_std=self.noise_std)
         check_at_least(0.01, resize=self.resize)
         check_at_least(-360, rotation=self.rotation)
+        if self.rotation > 360 or self.resize > 10:
+            raise ValueError(
+                f"rotation is {self.rotation:g}, resize {self.resize:g}; needed: up to 360 degrees, tenfold"
+            )
         for name, choices in CHOICES.items():
             check_known(name, getattr(self, name), get_args(choices))
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):

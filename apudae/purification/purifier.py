@@ -54,7 +54,10 @@ class Purifier(nn.Module):
         check_known("backward", backward, get_args(Backward))
         self.dae, self.config, self.backward = dae, resolve_config(config), backward
         self.seed, self.calls = int(torch.randint(2**31, (1,), generator=as_generator(seed))), 0
-        if self.config.calibrated and not math.isfinite(getattr(dae, "recon_mu", math.nan)):
+        known = (
+            math.isfinite(getattr(dae, "recon_mu", math.nan)) and 0 < getattr(dae, "recon_sigma", math.nan) < math.inf
+        )
+        if self.config.calibrated and not known:
             raise ValueError(
                 f"{self.config} needs μ and σ of the reconstruction error, and this autoencoder has none; "
                 "measure them with apudae.models.calibrate on held-out training images"
@@ -122,7 +125,8 @@ class Purifier(nn.Module):
             moving = active[moves]
             gradients = per_image(slopes[moves]) * gradients[moves]
             step = per_image(sizes[moves]) * self._direction(gradients, moving, moments, exact=exact)
-            x = x.index_put((moving,), clipped(x[moving] - step))  # paper: never clips; here: images stay images
+            # paper: never clips; here: images stay images
+            x = x.index_put((moving,), clipped((x[moving] - step).to(x.dtype)))
             if at_rest_for_good:
                 active = moving
         return resampled(x, torch.linalg.inv(matrix)) if config.transform_back else x

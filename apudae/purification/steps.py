@@ -62,12 +62,13 @@ class Moments:
     """Adam's two moments and step counts of every image; an image at rest keeps its own."""
 
     def __init__(self, x: Tensor, betas: tuple[float, float]) -> None:
-        self.betas = betas
-        self.first, self.second = torch.zeros_like(x), torch.zeros_like(x)
-        self.counts = torch.zeros_like(x[:, :1, :1, :1])
+        self.betas = betas  # the bookkeeping is float32 at least: in bfloat16 1 − β2 to the count rounds to 0
+        self.first = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
+        self.second, self.counts = torch.zeros_like(self.first), torch.zeros_like(self.first[:, :1, :1, :1])
 
     def updated(self, gradients: Tensor, moving: Tensor) -> Tensor:
         beta1, beta2 = self.betas
+        gradients = gradients.to(self.first.dtype)
         first = beta1 * self.first[moving] + (1 - beta1) * gradients
         second = beta2 * self.second[moving] + (1 - beta2) * gradients.square()
         counts = self.counts[moving] + 1
