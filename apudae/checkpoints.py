@@ -37,7 +37,7 @@ def save_model(path: str | Path, model: nn.Module, *, half: bool = False, **fact
     with written_aside(_file(path, "safetensors")) as aside, written_aside(_file(path, "json")) as sidecar:
         save_file(weights, aside)
         described = {"architecture": model.architecture, "sha256": _sha256(aside), **facts, **provenance()}
-        sidecar.write_text(json.dumps(described, indent=2) + "\n")
+        sidecar.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
 
 def load_model(name: str | Path, device: str | torch.device = "cpu") -> nn.Module:
@@ -68,6 +68,8 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> nn.Modul
         model.load_state_dict(load_file(weights))
     except (SafetensorError, RuntimeError, TypeError) as error:
         raise ValueError(f"{weights} does not hold the weights of {described['architecture']}: {error}") from error
+    if strange := [name for name, weight in model.named_parameters() if not weight.isfinite().all()]:
+        raise ValueError(f"{weights} holds weights that are no finite numbers ({strange[0]}); train it again")
     convolution = next((layer for layer in model.modules() if isinstance(layer, nn.Conv2d)), None)
     colour = convolution is not None and convolution.in_channels > 1
     layout = torch.channels_last if colour else torch.preserve_format  # a third faster, on a CPU too
@@ -80,7 +82,7 @@ def _file(path: Path, ending: str) -> Path:
 
 def _read_sidecar(file: Path) -> dict[str, Any]:
     try:
-        described = json.loads(file.read_text())
+        described = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is no JSON file ({error}); restore it (git checkout)") from error
     described = described if isinstance(described, dict) else {}
@@ -92,7 +94,8 @@ def _read_sidecar(file: Path) -> dict[str, Any]:
 
 def checkpoint_names() -> list[str]:
     """The names that `load_model` knows."""
-    return sorted(str(found.relative_to(CHECKPOINTS)).removesuffix(".json") for found in CHECKPOINTS.rglob("*.json"))
+    found = CHECKPOINTS.rglob("[!.]*.json")  # no hidden ones: a killed writer leaves such
+    return sorted(str(path.relative_to(CHECKPOINTS)).removesuffix(".json") for path in found)
 
 
 def describe_checkpoint(name: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 CHECKPOINTS = ROOT / "data" / "checkpoints"
 DOWNLOADS = ROOT / "data" / "downloads"
 RESULTS = ROOT / "data" / "results"
+UMASK = os.umask(0o077)
+os.umask(UMASK)  # there is no other way to read it
 RUNS = ROOT / os.environ.get("APUDAE_RUNS", "data/runs")  # where notebooks write
 
 
@@ -30,11 +33,19 @@ def data_root() -> Path:
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; move it into place on success, remove it on failure."""
+    """Yield a temporary path beside `path`; move it into place on success, remove it on failure.
+
+    What a link points to is replaced, not the link; a file keeps its mode.
+    """
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    # a random name that nobody can have put a link at
+    handle, name = tempfile.mkstemp(f".partial{path.suffix}", f".{path.stem[:100]}.", path.parent)
+    os.close(handle)
+    aside = Path(name)
     try:
         yield aside
+        aside.chmod(path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~UMASK)
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
@@ -44,15 +55,20 @@ def written_aside(path: Path) -> Iterator[Path]:
 def locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock on `path` (a file beside it, which the system releases when a process dies)."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(f".{path.name}.lock"), "w") as handle:
+    # never through a link, and nothing is emptied
+    handle = os.open(path.with_name(f".{path.name[:200]}.lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    try:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(handle)
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], settings: Any) -> None:
     """Write named tensors, with the settings that made them, for a later notebook to read."""
     with written_aside(path) as aside:
-        save_file(tensors, aside, metadata={"settings": json.dumps(settings)})
+        tensors = dict(sorted(tensors.items()))
+        save_file(tensors, aside, metadata={"settings": json.dumps(settings), "checksum": fingerprint(tensors)})
 
 
 def load_tensors(path: Path, advice: str) -> tuple[dict[str, Tensor], Any]:
@@ -61,9 +77,13 @@ def load_tensors(path: Path, advice: str) -> tuple[dict[str, Tensor], Any]:
         raise ValueError(f"{path} is missing; {advice}")
     try:
         with safe_open(path, framework="pt") as stored:
-            return {name: stored.get_tensor(name) for name in stored.keys()}, json.loads(stored.metadata()["settings"])  # noqa: SIM118
-    except SafetensorError as error:
+            tensors = {name: stored.get_tensor(name) for name in sorted(stored.keys())}
+            settings, checksum = (json.loads(stored.metadata()["settings"]), stored.metadata()["checksum"])
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         raise ValueError(f"{path} is broken ({error}); {advice}") from error
+    if fingerprint(tensors) != checksum:
+        raise ValueError(f"{path} is broken (its checksum differs); {advice}")
+    return tensors, settings
 
 
 def fingerprint(*things: Any) -> str:
@@ -103,6 +123,15 @@ def _feed(found: Any, thing: Any) -> None:
         found.update(repr(thing).encode())
 
 
+def run_folder(run: str) -> Path:
+    """The folder data/runs/<run>. ValueError for one outside of data/runs, a hidden one and "report"."""
+    folder = (RUNS / run).resolve()
+    names = folder.relative_to(RUNS.resolve()).parts if folder.is_relative_to(RUNS.resolve()) else ()
+    if not names or names[0] == "report" or any(name.startswith(".") for name in names):
+        raise ValueError(f"run is {run!r}; needed: a folder's name below data/runs/, not hidden and not 'report'")
+    return folder
+
+
 def provenance() -> dict[str, str]:
     """The commit of this checkout (`-dirty` with changes outside data/results) and the command that is running.
 
@@ -116,4 +145,7 @@ def provenance() -> dict[str, str]:
 
 
 def _git(*words: str) -> str:
-    return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True).stdout.strip()
+    try:
+        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git: the commit is unknown
+        return ""

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ..autograd import StraightThrough
 from ..contracts import as_generator, check_at_least, check_images, check_known, check_whole, frozen
-from ..training.loop import Batches, Recipe, mixed
+from ..training.loop import Batches, Recipe, step_seed
 from ..training.state import keep_training, restore_training
 
 Backward = Literal["none", "identity"]
@@ -78,7 +78,7 @@ def train_gan(
     batches = DataLoader(dataset, batch_sampler=Batches(len(dataset), recipe, start), collate_fn=default_collate)
     total = torch.zeros((), device=device)
     for step, (x, _) in enumerate(tqdm(batches, initial=start, total=recipe.steps, delay=2, leave=False), start=start):
-        draws = torch.Generator(device).manual_seed(mixed(recipe.seed, 1, step))
+        draws = torch.Generator(device).manual_seed(step_seed(recipe.seed, 1, step))
         x = x.to(device)
         z, again = (torch.randn(len(x), generator.latent, generator=draws, device=device) for _ in range(2))
         with torch.no_grad():

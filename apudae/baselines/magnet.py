@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from ..batching import in_batches
 from ..contracts import check_at_least, check_images, frozen
-from ..training.distributed import drawn
+from ..training.distributed import shared_draw
 from ..training.loop import Recipe, fit
 
 TEMPERATURES = (10, 40)  # of MagNet's divergence detectors for CIFAR-10
@@ -123,7 +123,7 @@ def train_magnet(
 
     def loss(model: nn.Module, x: Tensor, _: Tensor, generator: torch.Generator) -> Tensor:
         # original: noise drawn once for the whole training; here: anew for each batch
-        h = (x + noise_std * drawn(torch.randn, x.shape, generator)).clamp(0, 1)
+        h = (x + noise_std * shared_draw(torch.randn, x.shape, generator)).clamp(0, 1)
         penalty = 0.0
         for part in model:
             h = part(h)

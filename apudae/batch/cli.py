@@ -9,16 +9,8 @@ import click
 import nbformat
 
 from ..files import RESULTS
-from .notebooks import (
-    NOTEBOOKS,
-    NotebookError,
-    declared_parameters,
-    notebook_names,
-    question,
-    read_mapping,
-    run_notebook,
-    tagged_text,
-)
+from .notebooks import NotebookError, question, run_notebook, tagged_text
+from .parameters import NOTEBOOKS, declared_parameters, notebook_names, read_mapping
 from .report import write_report
 
 
@@ -74,7 +66,7 @@ def main() -> None:
     """Entry point: bad input is one line and exit status 2, a failed notebook one message and exit status 1."""
     try:
         cli()
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # a full disk, a folder that may not be written: the system's own words
         click.echo(f"apudae: {error}", err=True)
         sys.exit(2)
     except NotebookError as error:

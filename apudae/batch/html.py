@@ -1,6 +1,7 @@
 """An executed notebook as one HTML page that needs no network."""
 
 import json
+from html import escape
 from typing import Any
 
 import nbformat
@@ -44,7 +45,7 @@ def page(notebook: nbformat.NotebookNode, library: bool | str = True, **options:
                 drawn = pio.from_json(json.dumps(output.data[PLOTLY]), skip_invalid=True)
                 output.data = {"text/html": pio.to_html(drawn, include_plotlyjs=library, full_html=False)}
                 library = False
-    notebook.metadata["title"] = notebook.cells[0].source.partition("\n")[0].lstrip("# ")
+    notebook.metadata["title"] = escape(notebook.cells[0].source.partition("\n")[0].lstrip("# "))
     exporter = HTMLExporter(raw_template=PAGE, **options)
     exporter.register_filter("markdown2html", _markdown)
     return exporter.from_notebook_node(notebook)[0].replace("</head>", f"{NARROW}\n</head>", 1)

@@ -1,7 +1,5 @@
-"""Notebooks through papermill, with parameters that are checked before anything starts."""
+"""One notebook executed through papermill, aside and then moved into place, with an HTML page beside it."""
 
-import ast
-import contextlib
 import os
 import re
 import sys
@@ -11,74 +9,18 @@ from typing import Any
 
 import nbformat
 import papermill
-import yaml
+import torch
 from jupyter_client import AsyncKernelManager
 from nbclient.exceptions import DeadKernelError
 from traitlets.config import Config
 
-from ..contracts import check_known
-from ..files import ROOT, RUNS, data_root, provenance, written_aside
+from ..files import data_root, provenance, run_folder, written_aside
 from .html import page
-
-NOTEBOOKS = ROOT / "notebooks"
+from .parameters import NOTEBOOKS, check_parameters, declared_parameters
 
 
 class NotebookError(RuntimeError):
     """A cell of a notebook failed."""
-
-
-def notebook_names() -> list[str]:
-    """The numbered notebooks, in reading order."""
-    return sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
-
-
-def declared_parameters(name: str) -> dict[str, tuple[Any, str]]:
-    """Parameters of a notebook: name to (default, comment)."""
-    check_known("notebook", name, notebook_names())
-    found = papermill.inspect_notebook(str(NOTEBOOKS / f"{name}.ipynb"))
-    return {key: (ast.literal_eval(value["default"]), value["help"]) for key, value in found.items()}
-
-
-def check_parameters(name: str, given: dict[str, Any]) -> dict[str, Any]:
-    """`given`, text turned into the types of the notebook's defaults. ValueError for an unknown or ill-typed one."""
-    declared = declared_parameters(name)
-    checked = {}
-    for key, value in given.items():
-        check_known(f"parameter of {name}", key, declared)
-        default = declared[key][0]
-        value = _literal(value) if isinstance(value, str) and not isinstance(default, str) else value
-        if isinstance(default, float) and type(value) is int:
-            value = float(value)
-        if type(value) is not type(default):
-            needed = f"{type(default).__name__}, as its default {default!r}"
-            raise ValueError(f"parameter {key} of {name} is {value!r} ({type(value).__name__}); needed: {needed}")
-        checked[key] = value
-    return checked
-
-
-def _literal(text: str) -> Any:
-    """The number or switch that `text` writes, or the text itself."""
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
-    if isinstance(value, str):  # YAML reads 1e-3 as text
-        with contextlib.suppress(ValueError):
-            return float(value)
-    return value
-
-
-def read_mapping(file: Path) -> dict[str, Any]:
-    """The names and values of a YAML file. ValueError if it is missing, broken or holds something else."""
-    if not file.is_file():
-        raise ValueError(f"{file} is no file; needed: a YAML file, one `name: value` a line")
-    try:
-        read = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is no YAML file: {' '.join(str(error).split())}") from error
-    if not isinstance(read, dict):
-        raise ValueError(f"{file} holds {type(read).__name__}; needed: one `name: value` a line")
-    return read
 
 
 def _kernel_manager(environment: dict[str, str]) -> type[AsyncKernelManager]:
@@ -91,6 +33,12 @@ def _kernel_manager(environment: dict[str, str]) -> type[AsyncKernelManager]:
     return Manager
 
 
+def _short_folder() -> tempfile.TemporaryDirectory:
+    """A folder for the kernel's sockets, whose paths may have 107 bytes, whatever TMPDIR is."""
+    long = len(tempfile.gettempdir()) > 60 and Path("/tmp").is_dir()
+    return tempfile.TemporaryDirectory(dir="/tmp" if long else None)
+
+
 def run_notebook(
     name: str, given: dict[str, Any], target: Path | None = None, environment: dict[str, str] | None = None
 ) -> Path:
@@ -101,12 +49,14 @@ def run_notebook(
     """
     parameters = check_parameters(name, given)
     run = parameters.get("run", declared_parameters(name)["run"][0])
-    target = target or RUNS / run / f"{name}.ipynb"
+    target = target or run_folder(run) / f"{name}.ipynb"
+    if parameters.get("device") == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is 'cuda', and there is no GPU that torch can use here; leave it out, or give 'cpu'")
     words = [word for key, value in parameters.items() for word in ("-p", key, str(value))]
     known = {"APUDAE_COMMIT": provenance()["commit"], "APUDAE_DATA": str(data_root())}
     known["APUDAE_COMMAND"] = " ".join(["apudae run", name, *words])
     failed = target.with_suffix(".failed.ipynb")
-    with written_aside(target) as aside, tempfile.TemporaryDirectory() as sockets:
+    with written_aside(target) as aside, _short_folder() as sockets:
         try:
             papermill.execute_notebook(
                 str(NOTEBOOKS / f"{name}.ipynb"),
@@ -128,7 +78,7 @@ def run_notebook(
         without_progress(aside)
     failed.unlink(missing_ok=True)
     with written_aside(target.with_suffix(".html")) as aside:
-        aside.write_text(page(nbformat.read(target, as_version=4)))
+        aside.write_text(page(nbformat.read(target, as_version=4)), encoding="utf-8")
     return target
 
 

@@ -4,15 +4,18 @@ import os
 import platform
 import re
 import shutil
+from html import escape
 from importlib import metadata
 from pathlib import Path
+from urllib.parse import quote
 
 import nbformat
 from plotly.offline import get_plotlyjs
 
 from ..files import ROOT, RUNS, provenance
 from .html import TEXT_ALONE, page
-from .notebooks import NOTEBOOKS, question, run_notebook
+from .notebooks import question, run_notebook
+from .parameters import NOTEBOOKS
 
 
 def write_report(results: Path) -> Path:
@@ -22,7 +25,7 @@ def write_report(results: Path) -> Path:
     """
     if not results.is_file():
         raise ValueError(f"{results} is no file; needed: rows of results, as data/results/mnist.csv")
-    executed = [path for path in sorted(results.parent.glob("*.ipynb")) if ".failed" not in path.suffixes]
+    executed = [path for path in sorted(results.parent.glob("[!.]*.ipynb")) if ".failed" not in path.suffixes]
     folder, aside = RUNS / "report", RUNS / f".report.{os.getpid()}.partial"
     try:
         tables = run_notebook("17_results_tables", {"results": os.path.relpath(results, ROOT)})
@@ -30,15 +33,15 @@ def write_report(results: Path) -> Path:
         links = []
         for path in executed or sorted(NOTEBOOKS.glob("*.ipynb")):
             notebook = nbformat.read(path, as_version=4)
-            (aside / f"{path.stem}.html").write_text(page(notebook, library="directory"))
-            links.append(f"- [{path.stem}]({path.stem}.html) {question(notebook)}")
-        copies = [Path(shutil.copy(path, aside)).name for path in sorted(results.parent.glob("*.csv"))]
-        links += ["", "Rows: " + ", ".join(f"[{name}]({name})" for name in copies)]
+            (aside / f"{path.stem}.html").write_text(page(notebook, library="directory"), encoding="utf-8")
+            links.append(f"- [{escape(path.stem)}]({quote(path.stem)}.html) {escape(question(notebook))}")
+        copies = [Path(shutil.copy(path, aside)).name for path in sorted(results.parent.glob("[!.]*.csv"))]
+        links += ["", "Rows: " + ", ".join(f"[{escape(name)}]({quote(name)})" for name in copies)]
         notebook = nbformat.read(tables, as_version=4)
         notebook.cells.insert(1, nbformat.v4.new_markdown_cell("\n".join(["## Executed notebooks", "", *links])))
         notebook.cells.append(nbformat.v4.new_markdown_cell(_environment()))
-        (aside / "index.html").write_text(page(notebook, library="directory", **TEXT_ALONE))
-        (aside / "plotly.min.js").write_text(get_plotlyjs())
+        (aside / "index.html").write_text(page(notebook, library="directory", **TEXT_ALONE), encoding="utf-8")
+        (aside / "plotly.min.js").write_text(get_plotlyjs(), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(aside, folder)
     finally:

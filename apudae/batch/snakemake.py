@@ -22,7 +22,8 @@ import torch
 from ..contracts import check_known
 from ..files import RUNS, written_aside
 from ..training.distributed import die_with_parent
-from .notebooks import NotebookError, read_mapping
+from .notebooks import NotebookError
+from .parameters import read_mapping
 from .sweep import RESULTS, WORKFLOW, read_sweep
 
 PROFILES = WORKFLOW / "profiles"
@@ -75,7 +76,7 @@ def run_sweep(path: Path, profile: str = "local", dry_run: bool = False) -> None
     folder = RUNS / path.stem
     with _alone(folder):
         with written_aside(folder / "steps.json") as aside:
-            aside.write_text(json.dumps(sweep, indent=1))
+            aside.write_text(json.dumps(sweep, indent=1), encoding="utf-8")
         command = [sys.executable, "-m", "snakemake", "--snakefile", str(WORKFLOW / "Snakefile")]
         command += ["--profile", str(PROFILES / profile)]
         command += ["--directory", str(folder), "--configfile", str(folder / "steps.json")]
@@ -163,7 +164,7 @@ def _what_failed(states: dict[str, str], todo: list[str], folder: Path) -> str:
     lines = [f"{len(failed)} of {len(todo)} steps failed; the same command tries them again"]
     for name in failed:
         log = folder / f"{name}.log"
-        _, mark, error = (log.read_text() if log.is_file() else "").rpartition("apudae: ")
+        _, mark, error = (log.read_text(encoding="utf-8") if log.is_file() else "").rpartition("apudae: ")
         lines.append(f"- {name}: {error.strip() if mark else 'killed, or never started'}")
     if waiting := [name for name in todo if name not in states]:
         lines.append(f"not run, as they come after: {', '.join(waiting)}")

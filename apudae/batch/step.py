@@ -37,7 +37,7 @@ def gpu_place(places: list[str], count: int = 1) -> Iterator[str]:
 
 def run_step(name: str) -> None:
     """Run the step `name` of the sweep in the current folder."""
-    sweep = json.loads(Path("steps.json").read_text())
+    sweep = json.loads(Path("steps.json").read_text(encoding="utf-8"))
     if name == RESULTS:
         return merge_results([Path(f"{step}.csv") for step in sweep["merged"]], Path("results.csv"), Path("tables.csv"))
     step = sweep["steps"][name]

@@ -13,9 +13,9 @@ import yaml
 from ..checkpoints import load_model
 from ..contracts import check_known
 from ..datasets import FOLDER, SPLITS, look_up
-from ..files import CHECKPOINTS, ROOT, RUNS
+from ..files import CHECKPOINTS, ROOT, RUNS, run_folder
 from ..purification.config import PRESETS
-from .notebooks import NOTEBOOKS, check_parameters, declared_parameters, read_mapping
+from .parameters import NOTEBOOKS, check_parameters, declared_parameters, read_mapping
 
 WORKFLOW = ROOT / "workflow"
 RESULTS = "results"  # the step that merges the rows
@@ -26,8 +26,9 @@ def read_sweep(path: Path, device: str = "") -> dict[str, Any]:
 
     `device` is that of every step which does not say its own. ValueError, one sentence, for anything that cannot work.
     """
+    run_folder(path.stem)
     written = read_mapping(path)
-    schema = yaml.safe_load((WORKFLOW / "config" / "schema.yaml").read_text())
+    schema = yaml.safe_load((WORKFLOW / "config" / "schema.yaml").read_text(encoding="utf-8"))
     if error := jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema).iter_errors(written)):
         raise ValueError(f"{path}, at {error.json_path.removeprefix('$.')}: {' '.join(error.message.split())}")
     general = ({"device": device} if device else {}) | written.get("parameters", {})
@@ -41,10 +42,28 @@ def read_sweep(path: Path, device: str = "") -> dict[str, Any]:
     for key in written.get("parameters", {}):
         if not any(key in step["parameters"] for step in steps.values()):
             raise ValueError(f"{path}: no notebook of its steps has the parameter {key!r}")
+    for target, names in _targets(steps).items():
+        if len(names) > 1:
+            raise ValueError(
+                f"{path}: the steps {' and '.join(names)} write the same {target}; give them other outputs or runs"
+            )
     for name, step in steps.items():
         for earlier in step["after"]:
             check_known(f"{path}, step {name}: step", earlier, [*steps, RESULTS])
     return {"steps": steps, **_ordered(path, steps)}
+
+
+def _targets(steps: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
+    """Where each network that is trained is written, and by which steps."""
+    found: dict[str, list[str]] = {}
+    for name, step in steps.items():
+        if "output" in step["declared"]:
+            given = step["parameters"]
+            network = given.get("architecture", step["declared"].get("architecture", step["notebook"]))
+            target = given.get("output") or f"data/runs/{given['run']}/{network}"
+            found.setdefault(str((ROOT / target).resolve().relative_to(ROOT)), []).append(name)
+        step.pop("declared")
+    return found
 
 
 def _ordered(path: Path, steps: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
@@ -81,6 +100,7 @@ def _resolved(
         "notebook": notebook,
         "after": step.get("after", []),
         "parameters": parameters,
+        "declared": {key: default for key, (default, _) in declared.items()},
         "writes_rows": writes_rows,
         "gpu": effective.get("processes", 1) if effective.get("device") == "cuda" else 0,  # how many
         "code": hashlib.sha256(code.encode()).hexdigest(),  # prose and outputs may change, and nothing runs again

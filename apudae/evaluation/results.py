@@ -127,6 +127,7 @@ def record(path: Path, rows: Iterable[dict]) -> pd.DataFrame:
     others = [row | _figures(found) | {"metric": metric} for row, more in others for metric, found in more.items()]
     new = pd.DataFrame([*others, *rows], dtype=object)  # whole numbers stay whole
     new = new.where(new.notna(), "").astype(str)
+    _check_rows(new, "what is to be recorded")
     with locked(path), written_aside(path) as aside:
         before = [_read(path)] if path.is_file() else []
         table = pd.concat([*before, new], ignore_index=True).drop_duplicates(IDENTITY, keep="last")
@@ -143,11 +144,40 @@ def read_results(path: Path) -> pd.DataFrame:
 
 
 def _read(path: Path) -> pd.DataFrame:
-    table = pd.read_csv(path, keep_default_na=False, dtype=str)
+    try:
+        table = pd.read_csv(path, keep_default_na=False, dtype=str)
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no file of results ({' '.join(str(error).split())}); move it away") from error
     if missing := [name for name in COLUMNS if name not in table]:
         lacks = f"it lacks the columns {', '.join(missing)}"
         raise ValueError(f"{path} is no file of results, or an older one: {lacks}; move it away")
+    _check_rows(table, f"{path}")
     return table
+
+
+def _check_rows(table: pd.DataFrame, where: str) -> None:
+    for line, row in enumerate(table.to_dict("records"), start=2):
+        if wrong := _wrong(row):
+            raise ValueError(f"{where}, line {line}, is no row of results: {wrong}; mend it, or move the file away")
+
+
+def _wrong(row: dict[str, str]) -> str:
+    """What is wrong with a row of a file, in words; "" if nothing is."""
+    if short := [name for name, value in row.items() if not isinstance(value, str)]:
+        return f"it ends before the column {short[0]}"
+    try:
+        n, correct = int(row["n"]), int(row["correct"])
+        accuracy, low, high = (float(row[name]) for name in ("accuracy", "ci_low", "ci_high"))
+        objects = [json.loads(row[name]) for name in ("attack_parameters", "purifier_parameters")]
+    except ValueError as error:
+        return str(error)
+    if not all(isinstance(each, dict) for each in objects):
+        return "its parameters are no JSON objects"
+    if row["kind"] not in KINDS:
+        return f"its kind is {row['kind']!r}"
+    if not (0 <= correct <= n and n > 0 and abs(correct / n - accuracy) < 1e-4 and low <= accuracy <= high):
+        return f"{correct} of {n} is not {accuracy} in [{low}, {high}]"
+    return ""
 
 
 def merge_results(paths: Iterable[Path], merged: Path, stable: Path) -> None:

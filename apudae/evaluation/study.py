@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..attacks import attack_settings, parse_spec, project
 from ..checkpoints import load_model
 from ..datasets import load_dataset, look_up, take
-from ..files import ROOT, RUNS, fingerprint, load_tensors, locked, save_tensors
+from ..files import ROOT, fingerprint, load_tensors, locked, run_folder, save_tensors
 from ..purification import PurifyConfig, Step, trajectory
 from .accuracy import Accuracy, captions, predict
 from .grid import purified_rows, run_attack
@@ -141,7 +141,7 @@ def open_study(
     data/runs/<run>/attacked/, and reused by every notebook of the run that asks for them, or for fewer. Rows go to
     `results`, relative to the repository, or to `table` in data/runs/<run>/. ValueError where something is missing.
     """
-    entry = look_up(dataset)
+    entry, folder = look_up(dataset), run_folder(run)
     names = {"dataset": dataset, "split": split, "classifier": classifier or entry.classifier, "dae": dae}
     if dae is not None:
         names["dae"] = dae or entry.dae
@@ -167,8 +167,8 @@ def open_study(
         step_size or (entry.budget.step_size if entry.budget else settings["bim"]["step_size"]),
         {},
         {},
-        RUNS / run,
-        ROOT / results if results else RUNS / run / table,
+        folder,
+        ROOT / results if results else folder / table,
     )
     for attack in attacks:
         study.attacked[attack], study.seconds[attack] = _attacked(study, attack)

@@ -2,19 +2,20 @@
 
 import copy
 import ctypes
-import json
 import os
 import signal
 import sys
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_reduce
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
 from ..contracts import check_whole
@@ -42,77 +43,85 @@ def in_processes(
     if kind == "cuda" and torch.cuda.device_count() < processes:
         raise ValueError(f"{processes} processes need a GPU each; there are {torch.cuda.device_count()} here")
     model.cpu().share_memory()  # the first worker leaves the trained weights there
+    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    # not elastic_launch, torchrun's whole: its agent opens a port to all networks, even where processes meet in a file
+    loopback = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
     with tempfile.TemporaryDirectory() as folder:
-        job = (processes, os.getpid(), folder, kind, train, model, dataset, recipe, options)
-        start = torch.multiprocessing.start_processes  # not fork: CUDA and OpenMP do not survive it
-        workers = start(_work, job, nprocs=processes, join=False, daemon=True, start_method="spawn")
+        job = (processes, os.getpid(), f"file://{folder}/meeting", kind, train, model, dataset, recipe, options)
+        arguments = {rank: (rank, *job) for rank in range(processes)}
+        environments = {rank: dict(loopback) for rank in range(processes)}
+        workers = start_processes("training", _work, arguments, environments, DefaultLogsSpecs(folder))
         try:
-            while not workers.join():
-                pass
+            for number, handler in handlers.items():
+                if signal.getsignal(number) != handler:  # torch's would stay, and take Ctrl-C from a notebook
+                    signal.signal(number, handler)
+            result = workers.wait(period=0.1)
         finally:
-            for worker in workers.processes:
-                worker.kill()
-        outcome = json.loads(Path(folder, "outcome.json").read_text())
-    if "error" in outcome:
-        raise ValueError(outcome["error"])
+            workers.close(signal.SIGKILL)
+        if result.is_failed():
+            raise ChildFailedError("training", result.failures)
+    outcome = result.return_values[0]
+    if isinstance(outcome, str):
+        raise ValueError(outcome)
     model.to(device).eval()
-    return outcome["curve"]
+    return outcome
 
 
-def _work(rank: int, processes: int, parent: int, folder: str, kind: str, train: Callable, *job: Any) -> None:
-    """One of the processes: train a copy of the model; the first hands over curve and weights, or the error."""
+def _work(
+    rank: int, processes: int, parent: int, meeting: str, kind: str, train: Callable, shared: nn.Module, *job: Any
+) -> list[dict[str, float]] | str:
+    """One of the processes: train a copy of the model. Its curve, or the text of its ValueError."""
     die_with_parent(parent)
-    if sys.platform == "linux":  # they meet in a file and talk over loopback: no port is open to others
-        os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
     torch.set_num_threads(max(1, torch.get_num_threads() // processes))
     device = torch.device(kind, rank if kind == "cuda" else None)
     if kind == "cuda":
         torch.cuda.set_device(device)
-    meeting = {"init_method": f"file://{folder}/meeting", "rank": rank, "world_size": processes}
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo", **meeting)
-    shared, dataset, recipe, options = job
-    own = copy.deepcopy(shared)
+    backend = "nccl" if kind == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=processes)
+    own, (dataset, recipe, options) = copy.deepcopy(shared), job
     try:
-        outcome = {"curve": train(own, dataset, recipe, device=device, **options)}
+        outcome = train(own, dataset, recipe, device=device, **options)
     except ValueError as error:  # every process meets the same
-        outcome = {"error": str(error)}
+        outcome = str(error)
     if rank == 0:
         shared.load_state_dict(own.state_dict())
-        Path(folder, "outcome.json").write_text(json.dumps(outcome))
     dist.destroy_process_group()
+    return outcome
 
 
-def place() -> tuple[int, int]:
+def rank_and_world_size() -> tuple[int, int]:
     """Which process this is, of how many."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def drawn(draw: Callable[..., Tensor], shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+def shared_draw(draw: Callable[..., Tensor], shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """`draw` of `shape`, an entry for each image; drawn for the whole batch, of which this process keeps its share."""
-    rank, processes = place()
+    rank, processes = rank_and_world_size()
     whole = draw((shape[0] * processes, *shape[1:]), generator=generator, device=generator.device)
     return whole[rank * shape[0] : (rank + 1) * shape[0]]
 
 
-def average(tensors: list[Tensor]) -> None:
-    """Average each tensor over the processes, in place. Not DistributedDataParallel: it runs a model once a step."""
-    processes = place()[1]
-    if processes > 1:
-        flat = torch.cat([tensor.flatten() for tensor in tensors])  # one message
-        dist.all_reduce(flat)
-        for tensor, mean in zip(tensors, (flat / processes).split([t.numel() for t in tensors]), strict=True):
-            tensor.copy_(mean.view(tensor.shape))
+def bare(model: nn.Module) -> nn.Module:
+    """The network itself: what a loss runs beside its one call of `model`, whose gradients are averaged."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-def share_statistics(model: nn.Module) -> None:
-    """Have the batch normalisations of `model` use the whole batch, where several processes share it."""
-    for part in model.modules() if place()[1] > 1 else []:
-        if type(part) is nn.BatchNorm2d:
-            part.__class__ = SharedBatchNorm
+def shared_statistics(model: nn.Module) -> nn.Module:
+    """A copy of `model` whose batch normalisations use the whole batch that the processes share."""
+    model = copy.deepcopy(model)
+    if next(model.parameters()).is_cuda:
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for part in list(model.modules()):
+        for name, layer in part.named_children():
+            if type(layer) is nn.BatchNorm2d:
+                shared = SharedBatchNorm(layer.num_features, layer.eps, layer.momentum).to(layer.weight)
+                shared.load_state_dict(layer.state_dict())
+                setattr(part, name, shared)
+    return model
 
 
 class SharedBatchNorm(nn.BatchNorm2d):
-    """Batch normalisation with mean and variance of the whole batch, as nn.SyncBatchNorm, which is for GPUs alone."""
+    """nn.SyncBatchNorm, which refuses CPUs, for CPUs."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:

@@ -6,14 +6,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..contracts import check_at_least, check_whole
 from ..datasets.imagenet import readers
-from .distributed import average, place, share_statistics
+from .distributed import rank_and_world_size, shared_statistics
 from .state import keep_training, restore_training
 
 Loss = Callable[[nn.Module, Tensor, Tensor, torch.Generator], Tensor]
@@ -60,49 +62,49 @@ def fit(
     Colour images (a fifth faster so, even on a CPU) and CUDA: channels-last, and bfloat16 autocast where the processor
     has it (twice as fast). Several processes (`in_processes`): each sees its share of the batch as `x`, `y`.
     """
-    device, rank = torch.device(device), place()[0]
+    device, (rank, processes) = torch.device(device), rank_and_world_size()
     save_every = save_every or max(1, min(200, recipe.steps // 20))
     layout, half = _layout_and_half(dataset, device)
     model.to(device, memory_format=layout).train()
-    share_statistics(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
-    networks = nn.ModuleDict({"model": model})
+    network = shared_statistics(model) if processes > 1 else model
+    optimizer = torch.optim.AdamW(network.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    networks = nn.ModuleDict({"model": network})
     if recipe.ema_decay:
         networks["average"] = AveragedModel(
-            model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay), use_buffers=True
+            network, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay), use_buffers=True
         )
     identity = {"recipe": asdict(recipe), "about": about, "images": len(dataset), "model": model.architecture}
     state = None if run_dir is None else Path(run_dir) / "state.safetensors"
     start, curve = restore_training(state, networks, optimizer, identity)
+    called = DistributedDataParallel(network, broadcast_buffers=False) if processes > 1 else network
     batches = DataLoader(dataset, batch_sampler=Batches(len(dataset), recipe, start), num_workers=readers(dataset))
     progress = tqdm(batches, initial=start, total=recipe.steps, desc="train", delay=2, leave=False, disable=rank > 0)
     total = torch.zeros((), device=device)
     for step, (x, y) in enumerate(progress, start=start):
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * _schedule(step, recipe.steps)
-        generator = torch.Generator(device).manual_seed(mixed(recipe.seed, 1, step))
+        generator = torch.Generator(device).manual_seed(step_seed(recipe.seed, 1, step))
         x, y = x.to(device, memory_format=layout, non_blocking=True), y.to(device, non_blocking=True)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
-            value = loss(model, x, y, generator)
+            value = loss(called, x, y, generator)
         optimizer.zero_grad()
         value.backward()
-        average([weight.grad for weight in model.parameters() if weight.grad is not None])
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         if recipe.ema_decay:
-            networks["average"].update_parameters(model)
+            networks["average"].update_parameters(network)
         total += value.detach()
         if (step + 1) % save_every == 0 or step + 1 == recipe.steps:
-            average([total])
+            if processes > 1:
+                dist.all_reduce(total)
             since = step + 1 - (curve[-1]["step"] if curve else 0)
-            curve.append({"step": step + 1, "loss": total.item() / since})
+            curve.append({"step": step + 1, "loss": total.item() / processes / since})
             total.zero_()
             progress.set_postfix(loss=f"{curve[-1]['loss']:.5f}")
             if not math.isfinite(curve[-1]["loss"]):
                 raise ValueError(f"the loss is {curve[-1]['loss']} at step {step + 1}; give a smaller learning_rate")
             keep_training(None if rank else state, networks, optimizer, identity, curve)
-    if recipe.ema_decay:
-        model.load_state_dict(networks["average"].module.state_dict())
+    model.load_state_dict((networks["average"].module if recipe.ema_decay else network).state_dict())
     model.eval()
     return curve
 
@@ -123,7 +125,7 @@ class Batches:
     def __init__(self, n: int, recipe: Recipe, start: int) -> None:
         if n < recipe.batch_size:
             raise ValueError(f"the training set has {n} images; needed: at least one batch of {recipe.batch_size}")
-        rank, processes = place()
+        rank, processes = rank_and_world_size()
         if recipe.batch_size % processes:
             raise ValueError(f"batch_size is {recipe.batch_size}; needed: a multiple of the {processes} processes")
         self.n, self.recipe, self.start = n, recipe, start
@@ -138,12 +140,12 @@ class Batches:
         for step in range(self.start, self.recipe.steps):
             epoch, batch = divmod(step, self.n // size)
             if epoch != shuffled:
-                generator = torch.Generator().manual_seed(mixed(self.recipe.seed, 0, epoch))
+                generator = torch.Generator().manual_seed(step_seed(self.recipe.seed, 0, epoch))
                 order, shuffled = torch.randperm(self.n, generator=generator).tolist(), epoch
             yield order[batch * size : (batch + 1) * size][self.share]
 
 
-def mixed(seed: int, stream: int, index: int) -> int:
+def step_seed(seed: int, stream: int, index: int) -> int:
     """A seed for step or epoch `index`, other ones for each `stream`."""
     return (seed * 2 + stream) * 1_000_003 + index
 

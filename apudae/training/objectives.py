@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from ..attacks.gradient_sign import iterate
 from ..contracts import check_at_least, check_whole, frozen
-from .distributed import drawn
+from .distributed import bare, shared_draw
 from .loop import Recipe, fit
 
 
@@ -52,16 +52,16 @@ def train_dae(
 
     def loss(model: nn.Module, x: Tensor, _: Tensor, generator: torch.Generator) -> Tensor:
         x = _augmented(_patches(x, patch, generator) if patch else x, shift, flip, generator)
-        share = drawn(torch.rand, (len(x), 1, 1, 1), generator)
+        share = shared_draw(torch.rand, (len(x), 1, 1, 1), generator)
         noise_std = noise_std_min + (noise_std_max - noise_std_min) * share
-        noise = noise_std * drawn(torch.randn, x.shape, generator)
+        noise = noise_std * shared_draw(torch.randn, x.shape, generator)
         if classifier is None:
             return F.mse_loss(model(x + noise), x)
         with frozen(classifier):
             with torch.no_grad():
                 verdict, seen = classifier(x).argmax(1), x
             if epsilon:
-                chosen = drawn(torch.rand, (len(x), 1, 1, 1), generator) < 0.5
+                chosen = shared_draw(torch.rand, (len(x), 1, 1, 1), generator) < 0.5
                 seen = torch.where(chosen, _attacked(classifier, x, verdict, epsilon, epsilon, 2, generator), x)
             denoised = model(seen + noise)
             return F.mse_loss(denoised, x) + stability * F.cross_entropy(classifier(denoised), verdict)
@@ -99,7 +99,7 @@ def _augmented(x: Tensor, shift: int, flip: bool, generator: torch.Generator) ->
     x = _shifted(x, shift, generator)
     if not flip:
         return x
-    mirrored = drawn(torch.rand, (len(x), 1, 1, 1), generator) < 0.5
+    mirrored = shared_draw(torch.rand, (len(x), 1, 1, 1), generator) < 0.5
     return torch.where(mirrored, x.flip(3), x)
 
 
@@ -128,8 +128,8 @@ def train_adversarial(
 
     def loss(model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
         x = _augmented(x, shift, flip, generator)
-        with frozen(model):
-            attacked = _attacked(model, x, y, epsilon, step_size, steps, generator)
+        with frozen(bare(model)):
+            attacked = _attacked(bare(model), x, y, epsilon, step_size, steps, generator)
         return F.cross_entropy(model(attacked), y)
 
     about = {"epsilon": epsilon, "step_size": step_size, "attack_steps": steps, "shift": shift, "flip": flip}
@@ -140,7 +140,7 @@ def _attacked(
     model: nn.Module, x: Tensor, y: Tensor, epsilon: float, step_size: float, steps: int, generator: torch.Generator
 ) -> Tensor:
     """`x` under `steps` steps of PGD from a random point of the ε-ball."""
-    noise = 2 * drawn(torch.rand, x.shape, generator) - 1
+    noise = 2 * shared_draw(torch.rand, x.shape, generator) - 1
     return iterate(model, x, y, (x + epsilon * noise).clamp(0, 1), epsilon, step_size, steps)
 
 
@@ -153,7 +153,7 @@ def _shifted(x: Tensor, shift: int, generator: torch.Generator) -> Tensor:
 def _patches(x: Tensor, patch: int, generator: torch.Generator) -> Tensor:
     """A random square of each image, turned by a random number of quarters."""
     x = _cut(x, patch, patch, generator)
-    quarters = drawn(partial(torch.randint, 0, 4), (len(x),), generator)
+    quarters = shared_draw(partial(torch.randint, 0, 4), (len(x),), generator)
     turned = torch.stack([x.rot90(quarter, (2, 3)) for quarter in range(4)])
     return turned[quarters, torch.arange(len(x), device=x.device)]
 
@@ -161,7 +161,7 @@ def _patches(x: Tensor, patch: int, generator: torch.Generator) -> Tensor:
 def _cut(x: Tensor, height: int, width: int, generator: torch.Generator) -> Tensor:
     """A random part of `height` by `width` pixels of each image."""
     spare = x.shape[2] - height, x.shape[3] - width
-    down, right = (drawn(partial(torch.randint, 0, most + 1), (len(x), 1), generator) for most in spare)
+    down, right = (shared_draw(partial(torch.randint, 0, most + 1), (len(x), 1), generator) for most in spare)
     rows = (down + torch.arange(height, device=x.device))[:, :, None]
     columns = (right + torch.arange(width, device=x.device))[:, None, :]
     image = torch.arange(len(x), device=x.device)[:, None, None]

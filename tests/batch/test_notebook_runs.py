@@ -7,16 +7,12 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from apudae.batch import notebooks
+from apudae import files
+from apudae.batch import notebooks, parameters
 from apudae.batch.cli import main
 from apudae.batch.html import page
-from apudae.batch.notebooks import (
-    NotebookError,
-    check_parameters,
-    declared_parameters,
-    run_notebook,
-    tagged_text,
-)
+from apudae.batch.notebooks import NotebookError, run_notebook, tagged_text
+from apudae.batch.parameters import check_parameters, declared_parameters
 from apudae.files import ROOT, RUNS, data_root
 
 APUDAE = Path(sys.executable).with_name("apudae")
@@ -51,8 +47,9 @@ def tiny(tmp_path, monkeypatch):
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     (tmp_path / "notebooks").mkdir()
     nbformat.write(new_notebook(cells=cells, metadata=kernel), tmp_path / "notebooks" / "07_tiny.ipynb")
+    monkeypatch.setattr(parameters, "NOTEBOOKS", tmp_path / "notebooks")
     monkeypatch.setattr(notebooks, "NOTEBOOKS", tmp_path / "notebooks")
-    monkeypatch.setattr(notebooks, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(files, "RUNS", tmp_path / "runs")
     monkeypatch.setenv("APUDAE_DATA", str(data_root()))
     return tmp_path / "runs"
 
@@ -69,7 +66,10 @@ def files_below(folder):
     [
         ("steps", "12", 12),
         ("steps", 12, 12),
-        ("steps", "-1", -1),
+        ("steps", "010", 10),
+        ("steps", "+4", 4),
+        ("rate", "8/255", 8 / 255),
+        ("rate", "8 / 255", 8 / 255),
         ("rate", "0.25", 0.25),
         ("rate", "2", 2.0),
         ("rate", 2, 2.0),
@@ -95,6 +95,14 @@ def test_parameters_take_the_type_of_their_default(name, given, checked):
     ("name", "given"),
     [
         ("steps", "many"),
+        ("steps", "-1"),
+        ("steps", "0x10"),
+        ("steps", "1_000"),
+        ("rate", "nan"),
+        ("rate", ".nan"),
+        ("rate", "inf"),
+        ("rate", "1/0"),
+        ("loud", "on"),
         ("steps", "1.5"),
         ("steps", 1.5),
         ("steps", "true"),

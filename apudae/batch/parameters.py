@@ -1,0 +1,177 @@
+"""Parameters of notebooks: what a notebook declares, and text or a YAML file turned into values of these types."""
+
+import ast
+import io
+import math
+import re
+import tokenize
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import yaml
+
+from ..contracts import check_known
+from ..files import ROOT, run_folder
+
+NOTEBOOKS = ROOT / "notebooks"
+TYPES = {kind.__name__: kind for kind in (int, float, bool, str, list, dict)} | {"None": type(None)}
+FRACTION = re.compile(r"\s*([-+]?[\d.]+(?:[eE][-+]?\d+)?)\s*/\s*([\d.]+(?:[eE][-+]?\d+)?)\s*")
+
+
+def notebook_names() -> list[str]:
+    """The numbered notebooks, in reading order."""
+    return sorted(path.stem for path in NOTEBOOKS.glob("[0-9]*.ipynb"))
+
+
+def parameters_source(name: str) -> str:
+    """The source of a notebook's cell tagged "parameters". ValueError for an unknown notebook, or one without."""
+    check_known("notebook", name, notebook_names())
+    cells = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4).cells
+    for cell in cells:
+        if "parameters" in cell.metadata.get("tags", []):
+            return cell.source
+    raise ValueError(f"{name} has no cell tagged 'parameters'")
+
+
+def declared_parameters(name: str) -> dict[str, tuple[Any, str]]:
+    """Parameters of a notebook: name to (default, comment)."""
+    source, found = parameters_source(name), {}
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
+    for statement in ast.parse(source).body:
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            found[statement.target.id] = (_value(statement.value), comments.get(statement.lineno, ""))
+    return found
+
+
+def _value(node: ast.expr | None) -> Any:
+    """A literal, or a fraction of two, such as 8 / 255."""
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
+        return ast.literal_eval(node.left) / ast.literal_eval(node.right)
+    return ast.literal_eval(node)
+
+
+def check_parameters(name: str, given: dict[str, Any]) -> dict[str, Any]:
+    """`given`, text turned into the notebook's types. ValueError for an unknown, ill-typed or impossible one."""
+    declared, annotations = declared_parameters(name), {}
+    for statement in ast.parse(parameters_source(name)).body:
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            annotations[statement.target.id] = eval(ast.unparse(statement.annotation), {**TYPES, **vars(typing)})
+    checked = {}
+    for key, value in given.items():
+        check_known(f"parameter of {name}", key, declared)
+        default = declared[key][0]
+        try:
+            checked[key] = _as(annotations[key], value, default)
+            _check_value(key, checked[key])
+        except (ValueError, yaml.YAMLError) as error:
+            needed = f"{getattr(annotations[key], '__name__', annotations[key])}, as its default {default!r}"
+            reason = f" ({' '.join(str(error).split())})" if str(error) else ""
+            raise ValueError(
+                f"parameter {key} of {name} is {value!r} ({type(value).__name__}){reason}; needed: {needed}"
+            ) from error
+    return checked
+
+
+def _as(kind: Any, value: Any, default: Any) -> Any:
+    """`value` as a `kind`; text is read by that kind. ValueError if it is none."""
+    if isinstance(kind, types.UnionType):
+        for one in typing.get_args(kind):
+            try:
+                return _as(one, value, default)
+            except ValueError:
+                continue
+        raise ValueError
+    if typing.get_origin(kind) is typing.Literal:
+        if value in typing.get_args(kind):
+            return value
+        raise ValueError
+    if kind is str or not isinstance(value, str):
+        return _plain(kind, value, default)
+    if kind is int and re.fullmatch(r"[-+]?\d+", value):
+        return int(value)
+    if kind is float:
+        return _number(value)
+    return _plain(kind, yaml.load(value, _Loader), default)
+
+
+def _plain(kind: Any, value: Any, default: Any) -> Any:
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind is float and isinstance(value, str):
+        return _number(value)
+    if type(value) is not kind:
+        raise ValueError
+    if kind is list and default and all(type(each) in (int, float) for each in default):
+        return [_number(each) if isinstance(each, str) else each for each in value]
+    return value
+
+
+def _number(text: str) -> float:
+    """A number, or a fraction of two. ValueError for NaN too."""
+    parts = FRACTION.fullmatch(text)
+    value = float(parts[1]) / float(parts[2]) if parts and float(parts[2]) else float(text)
+    if math.isnan(value):
+        raise ValueError("NaN is no number")
+    return value
+
+
+def _check_value(key: str, value: Any) -> None:
+    """Refuse, before anything starts, what no notebook can use."""
+    if key == "run":
+        run_folder(value)
+    if type(value) is int and value < (1 if key == "n" else 0):
+        raise ValueError(f"needed: at least {1 if key == 'n' else 0}")
+    if type(value) is float and not math.isfinite(value):
+        raise ValueError("needed: a finite number")
+    if key == "device":
+        check_known("device", value, ("cpu", "cuda"))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's core: 010 is ten, on and 2026-11-28 are text; keys are text and come once; few aliases."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.events.AliasEvent):
+            self.aliases = getattr(self, "aliases", 0) + 1
+            if self.aliases > 500:
+                raise yaml.YAMLError("more than 500 aliases")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        for key, _ in node.value:
+            if key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge") or re.search(r"\s", key.value):
+                raise yaml.YAMLError(f"the key {key.value!r} is no plain word")
+        if twice := {key for key in keys if keys.count(key) > 1}:
+            raise yaml.YAMLError(f"the key {min(twice)!r} stands twice")
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _form, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?\d+", "-+0123456789"),
+    ("float", r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+.0123456789"),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("merge", r"<<", "<"),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_form})$"), list(_first))
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+_Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(node.value.replace(".inf", "inf")))
+
+
+def read_mapping(file: Path) -> dict[str, Any]:
+    """The names and values of a YAML file. ValueError if it is missing, broken or holds something else."""
+    if not file.is_file():
+        raise ValueError(f"{file} is no file; needed: a YAML file, one `name: value` a line")
+    try:
+        read = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{file} is no YAML file: {' '.join(str(error).split())}") from error
+    if not isinstance(read, dict):
+        raise ValueError(f"{file} holds {type(read).__name__}; needed: one `name: value` a line")
+    return read
