@@ -12,8 +12,11 @@ import torch
 from torch import Tensor, nn
 
 
-def check_images(x: Tensor) -> None:
-    """Raise ValueError unless `x` is a floating-point (n, channels, height, width) tensor of values in [0, 1]."""
+def check_images(x: Tensor, bounded: bool = True) -> bool:
+    """Raise ValueError unless `x` is a floating-point (n, channels, height, width) tensor of values in [0, 1].
+
+    Whether they are in [0, 1] is returned; without `bounded`, they need not be.
+    """
     if not isinstance(x, Tensor):
         raise ValueError(f"images are of type {type(x).__name__}; needed: a torch.Tensor (n, channels, height, width)")
     if not x.is_floating_point():
@@ -25,8 +28,9 @@ def check_images(x: Tensor) -> None:
     low, high = (value.item() for value in x.detach().aminmax())
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError("images hold NaN or infinite values; needed: finite values in [0, 1]")
-    if low < 0 or high > 1:
+    if bounded and (low < 0 or high > 1):
         raise ValueError(f"images span [{low:g}, {high:g}]; needed: values in [0, 1] (models normalise inside)")
+    return low >= 0 and high <= 1
 
 
 def check_batch(model: nn.Module, x: Tensor, y: Tensor) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..contracts import check_at_least
-from .image_files import opened, read
+from .image_files import is_grey, opened, read, size_of
 
 
 class FolderImages(Dataset):
@@ -26,12 +26,23 @@ class FolderImages(Dataset):
                 f"{path} has {ready[0]}/ alone; needed: both train/ and test/, or the class folders directly"
             )
         root = path / split if ready else path
+
+        class Visible(ImageFolder):
+            """No class is made of a hidden folder, such as .ipynb_checkpoints."""
+
+            def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+                names = [name for name in super().find_classes(directory)[0] if not name.startswith(".")]
+                return names, {name: label for label, name in enumerate(names)}
+
         try:
-            folder = ImageFolder(root)
+            folder = Visible(root)
         except FileNotFoundError as error:
             raise ValueError(f"{root} is no folder of images, one folder a class: {error}") from error
         if ready:
-            found = [sorted(f.name for f in (path / part).iterdir() if f.is_dir()) for part in ("train", "test")]
+            found = [
+                sorted(f.name for f in (path / part).iterdir() if f.is_dir() and f.name[0] != ".")
+                for part in ("train", "test")
+            ]
             if found[0] != found[1]:
                 raise ValueError(f"{path} has the classes {found[0]} in train/, {found[1]} in test/; needed: the same")
         self.classes, self.files = folder.classes, folder.samples
@@ -47,17 +58,17 @@ class FolderImages(Dataset):
     def _examine(self, root: Path, image_size: int | None) -> None:
         from torchvision.transforms import v2
 
-        sizes, modes = set(), set()
+        sizes, grey = set(), True
         for file, _ in self.files:
             with opened(file) as image:
-                sizes.add(image.size)
-                modes.add(image.mode)
+                sizes.add(size_of(image))
+                grey &= is_grey(image)
         if image_size is None and len(sizes) > 1:
             raise ValueError(
                 f"{root} has images of {len(sizes)} sizes ({min(sizes)} to {max(sizes)}); give image_size=…"
             )
         resize = [v2.Resize(image_size, antialias=True), v2.CenterCrop(image_size)] if image_size else []
-        self.mode = "L" if all(mode in ("1", "L") or mode.startswith("I;16") for mode in modes) else "RGB"
+        self.mode = "L" if grey else "RGB"
         self.transform = v2.Compose([*resize, v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
 
     def __len__(self) -> int:

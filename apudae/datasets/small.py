@@ -5,6 +5,7 @@ import io
 import zipfile
 import zlib
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,6 +15,13 @@ from torch.utils.data import Dataset
 
 from ..files import data_root
 
+MNIST_MD5 = {  # of the unpacked files, as published; torchvision checks the packed ones alone
+    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+}
+LARGEST = 2**26  # bytes that an image in a ZIP file may unpack to
 MNIST5K_SHA256 = "809ec085d551285cf9efad12c42a6aead98c62f96eb9936cc5b778870773e50d"
 DIGITS = [str(digit) for digit in range(10)]
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -56,8 +64,12 @@ def mnist5k(split: str) -> TensorImages:
 
 
 def mnist(split: str) -> TensorImages:
-    """MNIST through torchvision, without the test digits of `mnist5k` in its training split."""
+    """MNIST through torchvision, its unpacked files checked; in training without the test digits of `mnist5k`."""
     found = _through_torchvision("MNIST", split, "mnist", "MNIST/raw")
+    for name, published in MNIST_MD5.items():
+        file = data_root() / "mnist" / "MNIST" / "raw" / name
+        if name.startswith({"train": "train", "test": "t10k"}[split]) and _md5(file) != published:
+            raise ValueError(f"{file} is not the file that was published (MD5 differs); remove it, and it comes again")
     pixels, labels = found.data.numpy()[:, None], found.targets.numpy()
     if split == "train":  # all of mnist5k stands in MNIST's training set: keep its test digits unseen
         held_back = {digit.tobytes() for digit in mnist5k("test").pixels.numpy()}
@@ -72,6 +84,11 @@ def cifar10(split: str) -> TensorImages:
     found = _through_torchvision("CIFAR10", split, "cifar10", "cifar-10-batches-py")
     pixels = np.ascontiguousarray(found.data.transpose(0, 3, 1, 2))
     return TensorImages(pixels, np.array(found.targets), found.classes)
+
+
+def _md5(file: Path) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "md5").hexdigest()
 
 
 def _through_torchvision(kind: str, split: str, folder: str, unpacked: str) -> Dataset:
@@ -113,6 +130,8 @@ def zipped(name: str, split: str, classes: list[str]) -> TensorImages:
 
 def _decoded(archive: zipfile.ZipFile, name: str) -> np.ndarray:
     """One image as bytes (3, height, width)."""
+    if archive.getinfo(name).file_size > LARGEST:
+        raise ValueError(f"{name} in {archive.filename} unpacks to more than {LARGEST} bytes; get the ZIP file again")
     try:
         with Image.open(io.BytesIO(archive.read(name))) as image:
             return np.asarray(image.convert("RGB")).transpose(2, 0, 1)

@@ -1,6 +1,7 @@
 """Purification (section 2.3): gradient steps on the *image* that lower its reconstruction error (Eq. 2)."""
 
 import math
+import warnings
 from functools import partial
 from typing import get_args
 
@@ -31,6 +32,7 @@ def purify(
     number of steps. Works under `torch.no_grad`. Raises ValueError for input that breaks the contracts of `apudae`, and
     for a configuration that needs μ and σ with an autoencoder that was never calibrated.
     """
+    check_images(x)
     return Purifier(dae, config, seed=seed)(x, ids)
 
 
@@ -41,6 +43,7 @@ class Purifier(nn.Module):
     (BPDA, Athalye et al. 2018), "dae" one pass through the autoencoder, "exact" all unrolled steps, with smooth
     stand-ins for sign, Adam's rule and clip on the way back (`LOG.md`: the plain ones mask the gradient). Randomness
     (F, G) is that of `purify` in a call with `ids`; without, each call draws anew, the first as if ids were 0, 1, ….
+    Pixels outside [0, 1], where attack libraries may look, are clipped on the way in.
     """
 
     def __init__(
@@ -67,7 +70,10 @@ class Purifier(nn.Module):
         return f"{self.config}, backward={self.backward!r}"
 
     def forward(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
-        check_images(x)
+        if not check_images(x, bounded=False):
+            x = clipped(x)  # attack libraries look there; straight through, so that their way back is not blocked
+        if self.backward == "none" and x.requires_grad and torch.is_grad_enabled():
+            warnings.warn('this Purifier hides its gradient; for an attack, give backward="exact"', stacklevel=2)
         seed, ids = self._next(x, ids)
         with frozen(self.dae), torch.inference_mode(False):  # gradients of the image are needed in any case
             x = x.clone() if x.is_inference() else x
