@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from conftest import images, seeded, tiny_dae
 from safetensors import safe_open
+from safetensors.torch import load_file
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.utils.data import Dataset, Subset
 
 from apudae import attacks, load_dataset
@@ -459,6 +461,40 @@ def test_two_processes_train_as_one_and_go_on_after_a_kill(tmp_path):
     torch.testing.assert_close(weights(two[0]), weights(one[0]), rtol=1e-9, atol=1e-9)
     assert not two[0].training
     assert one[1][-1]["loss"] < one[1][0]["loss"] / 2
+
+
+ADVERSARIAL = {"epsilon": 0.1, "step_size": 0.05, "steps": 2}
+
+
+def test_attack_and_average_in_two_processes(tmp_path):
+    """The inner attack and the average of the weights are those of one process; what the caller has stays the same."""
+    colours = [(image, index % 10) for index, image in enumerate(images(32, 3, 8, 8).double())]
+    recipe, networks = Recipe(steps=4, batch_size=16, ema_decay=0.5, learning_rate=1e-2), []
+    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+    for processes in (1, 2):
+        torch.manual_seed(0)
+        network, run_dir = ResNet(10, 1).double(), tmp_path / str(processes)
+        classes, environment = [type(part) for part in network.modules()], dict(os.environ)
+        in_processes(processes, train_adversarial, network, colours, recipe, run_dir=run_dir, **ADVERSARIAL)
+        assert [type(part) for part in network.modules()] == classes
+        networks.append(network)
+    torch.testing.assert_close(weights(networks[1]), weights(networks[0]), rtol=1e-9, atol=1e-9)
+    states = [load_file(tmp_path / name / "state.safetensors") for name in ("1", "2")]
+    assert states[0].keys() == states[1].keys()
+    assert [signal.getsignal(number) for number in signal.valid_signals()] == handlers
+    assert dict(os.environ) == environment, "of two processes, that is: the optimiser writes there"
+
+
+def failing_training(model, dataset, recipe, *, device):
+    """A training that the second process cannot do."""
+    if torch.distributed.get_rank() == 1:
+        raise OSError("the disk is full")
+    torch.distributed.barrier()
+
+
+def test_error_of_one_process_ends_all(few):
+    with pytest.raises(ChildFailedError, match="the disk is full"):
+        in_processes(2, failing_training, tiny_dae(), few, SHORT)
 
 
 def living(mark):

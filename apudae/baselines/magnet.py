@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from ..batching import in_batches
 from ..contracts import check_at_least, check_images, frozen
-from ..training.distributed import shared_draw
+from ..training.distributed import rank_and_world_size, shared_draw
 from ..training.loop import Recipe, fit
 
 TEMPERATURES = (10, 40)  # of MagNet's divergence detectors for CIFAR-10
@@ -120,6 +120,8 @@ def train_magnet(
     MagNet's own: noise .1 for grey and .025 for colour images, batches of 256, 100 epochs. Returns a curve for each.
     """
     check_at_least(0, noise_std=noise_std, activity=activity)
+    if rank_and_world_size()[1] > 1:
+        raise ValueError("MagNet's 310 weights are trained in one process; its penalty is a sum over the whole batch")
 
     def loss(model: nn.Module, x: Tensor, _: Tensor, generator: torch.Generator) -> Tensor:
         # original: noise drawn once for the whole training; here: anew for each batch

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_reduce
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
 from ..contracts import check_whole
@@ -44,16 +43,16 @@ def in_processes(
         raise ValueError(f"{processes} processes need a GPU each; there are {torch.cuda.device_count()} here")
     model.cpu().share_memory()  # the first worker leaves the trained weights there
     handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
-    # not elastic_launch, torchrun's whole: its agent opens a port to all networks, even where processes meet in a file
     loopback = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
     with tempfile.TemporaryDirectory() as folder:
         job = (processes, os.getpid(), f"file://{folder}/meeting", kind, train, model, dataset, recipe, options)
         arguments = {rank: (rank, *job) for rank in range(processes)}
-        environments = {rank: dict(loopback) for rank in range(processes)}
-        workers = start_processes("training", _work, arguments, environments, DefaultLogsSpecs(folder))
+        variables = {rank: dict(loopback) for rank in arguments}
+        # not elastic_launch, which calls this: its agent opens a port to every network, even with a file to meet in
+        workers = start_processes("training", _work, arguments, variables, DefaultLogsSpecs(folder))
         try:
             for number, handler in handlers.items():
-                if signal.getsignal(number) != handler:  # torch's would stay, and take Ctrl-C from a notebook
+                if signal.getsignal(number) != handler:  # torch's would take Ctrl-C from a notebook for good
                     signal.signal(number, handler)
             result = workers.wait(period=0.1)
         finally:
@@ -67,18 +66,16 @@ def in_processes(
     return outcome
 
 
-def _work(
-    rank: int, processes: int, parent: int, meeting: str, kind: str, train: Callable, shared: nn.Module, *job: Any
-) -> list[dict[str, float]] | str:
+def _work(rank: int, processes: int, parent: int, meeting: str, kind: str, train: Callable, *job: Any) -> list | str:
     """One of the processes: train a copy of the model. Its curve, or the text of its ValueError."""
     die_with_parent(parent)
     torch.set_num_threads(max(1, torch.get_num_threads() // processes))
     device = torch.device(kind, rank if kind == "cuda" else None)
     if kind == "cuda":
         torch.cuda.set_device(device)
-    backend = "nccl" if kind == "cuda" else "gloo"
-    dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=processes)
-    own, (dataset, recipe, options) = copy.deepcopy(shared), job
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo", meeting, rank=rank, world_size=processes)
+    shared, dataset, recipe, options = job
+    own = copy.deepcopy(shared)
     try:
         outcome = train(own, dataset, recipe, device=device, **options)
     except ValueError as error:  # every process meets the same
@@ -101,22 +98,16 @@ def shared_draw(draw: Callable[..., Tensor], shape: tuple[int, ...], generator: 
     return whole[rank * shape[0] : (rank + 1) * shape[0]]
 
 
-def bare(model: nn.Module) -> nn.Module:
-    """The network itself: what a loss runs beside its one call of `model`, whose gradients are averaged."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
-
-
 def shared_statistics(model: nn.Module) -> nn.Module:
     """A copy of `model` whose batch normalisations use the whole batch that the processes share."""
     model = copy.deepcopy(model)
     if next(model.parameters()).is_cuda:
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    for part in list(model.modules()):
-        for name, layer in part.named_children():
-            if type(layer) is nn.BatchNorm2d:
-                shared = SharedBatchNorm(layer.num_features, layer.eps, layer.momentum).to(layer.weight)
-                shared.load_state_dict(layer.state_dict())
-                setattr(part, name, shared)
+    for name, layer in list(model.named_modules()):
+        if type(layer) is nn.BatchNorm2d:
+            shared = SharedBatchNorm(layer.num_features, layer.eps, layer.momentum).to(layer.weight)
+            shared.load_state_dict(layer.state_dict())
+            model.set_submodule(name, shared)
     return model
 
 
@@ -130,10 +121,9 @@ class SharedBatchNorm(nn.BatchNorm2d):
         mean = all_reduce(x.sum((0, 2, 3)), "sum", dist.group.WORLD) / count
         centred = x - mean[:, None, None]
         var = all_reduce(centred.square().sum((0, 2, 3)), "sum", dist.group.WORLD) / count
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * count / (count - 1), self.momentum)
-            self.num_batches_tracked += 1
+        self.running_mean.lerp_(mean.detach(), self.momentum)
+        self.running_var.lerp_(var.detach() * count / (count - 1), self.momentum)
+        self.num_batches_tracked += 1
         return centred * ((var + self.eps).rsqrt() * self.weight)[:, None, None] + self.bias[:, None, None]
 
 

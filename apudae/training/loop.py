@@ -60,7 +60,8 @@ def fit(
     killed run goes on from there to the result it would have had: batches and noise of a step depend on seed and step
     alone. A `run_dir` that belongs to another recipe, model, data set size or loss (`about`) is a ValueError.
     Colour images (a fifth faster so, even on a CPU) and CUDA: channels-last, and bfloat16 autocast where the processor
-    has it (twice as fast). Several processes (`in_processes`): each sees its share of the batch as `x`, `y`.
+    has it (twice as fast). Several processes (`in_processes`): `x`, `y` are a share of the batch, and `loss` calls
+    `model` once, `bare(model)` for all else.
     """
     device, (rank, processes) = torch.device(device), rank_and_world_size()
     save_every = save_every or max(1, min(200, recipe.steps // 20))
@@ -76,7 +77,7 @@ def fit(
     identity = {"recipe": asdict(recipe), "about": about, "images": len(dataset), "model": model.architecture}
     state = None if run_dir is None else Path(run_dir) / "state.safetensors"
     start, curve = restore_training(state, networks, optimizer, identity)
-    called = DistributedDataParallel(network, broadcast_buffers=False) if processes > 1 else network
+    called = DistributedDataParallel(network) if processes > 1 else network
     batches = DataLoader(dataset, batch_sampler=Batches(len(dataset), recipe, start), num_workers=readers(dataset))
     progress = tqdm(batches, initial=start, total=recipe.steps, desc="train", delay=2, leave=False, disable=rank > 0)
     total = torch.zeros((), device=device)
@@ -107,6 +108,11 @@ def fit(
     model.load_state_dict((networks["average"].module if recipe.ema_decay else network).state_dict())
     model.eval()
     return curve
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The network without what averages its gradients over the processes, which is for one call in each step."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def _layout_and_half(dataset: Dataset, device: torch.device) -> tuple[torch.memory_format, bool]:

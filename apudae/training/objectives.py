@@ -10,8 +10,8 @@ from torch.utils.data import Dataset
 
 from ..attacks.gradient_sign import iterate
 from ..contracts import check_at_least, check_whole, frozen
-from .distributed import bare, shared_draw
-from .loop import Recipe, fit
+from .distributed import shared_draw
+from .loop import Recipe, bare, fit
 
 
 def train_dae(

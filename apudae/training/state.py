@@ -30,20 +30,20 @@ def restore_training(
     """Load what `keep_training` wrote: the steps done and the curve. ValueError if it is another training's."""
     if state is None or not state.is_file():
         return 0, []
-    with safe_open(state, framework="pt", device=str(next(networks.parameters()).device)) as kept:
-        if json.loads(kept.metadata()["identity"]) != json.loads(json.dumps(identity)):
+    with safe_open(state, framework="pt", device=str(next(networks.parameters()).device)) as file:
+        if json.loads(file.metadata()["identity"]) != json.loads(json.dumps(identity)):
             raise ValueError(
-                f"{state} belongs to another training ({kept.metadata()['identity']}); "
+                f"{state} belongs to another training ({file.metadata()['identity']}); "
                 "give another run folder, or delete this one to start over"
             )
         weights, moments = {}, {}
-        for key in kept.keys():  # noqa: SIM118  safe_open is no mapping
+        for key in file.keys():  # noqa: SIM118  safe_open is no mapping
             if not key.startswith("optimizer."):
-                weights[key] = kept.get_tensor(key)
+                weights[key] = file.get_tensor(key)
             else:
                 _, index, name = key.split(".", 2)
-                moments.setdefault(int(index), {})[name] = kept.get_tensor(key)
-        curve = json.loads(kept.metadata()["curve"])
+                moments.setdefault(int(index), {})[name] = file.get_tensor(key)
+        curve = json.loads(file.metadata()["curve"])
     networks.load_state_dict(weights)
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     return curve[-1]["step"], curve
