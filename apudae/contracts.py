@@ -23,6 +23,8 @@ def check_images(x: Tensor, bounded: bool = True) -> bool:
         raise ValueError(f"images have dtype {x.dtype}; needed: float32 in [0, 1] (for bytes: x.float() / 255)")
     if x.ndim != 4:
         raise ValueError(f"images have shape {tuple(x.shape)}; needed: (n, channels, height, width)")
+    if x.is_meta:
+        raise ValueError("images are on the meta device and have no values; needed: a device with memory")
     if x.numel() == 0:
         raise ValueError(f"images have shape {tuple(x.shape)}, which holds no pixel; needed: at least one image")
     low, high = (value.item() for value in x.detach().aminmax())
@@ -75,9 +77,15 @@ def check_logits(model: nn.Module, x: Tensor, needed: int = 2) -> int:
     return logits.shape[1]
 
 
+def _scalar(value: object) -> object:
+    """What a tensor without dimensions holds."""
+    return value.item() if isinstance(value, Tensor) and value.ndim == 0 else value
+
+
 def check_at_least(minimum: float, **values: float) -> None:
     """Raise ValueError for the first named value that is no finite number or is below `minimum`."""
     for name, value in values.items():
+        value = _scalar(value)
         if isinstance(value, bool) or not isinstance(value, numbers.Real) or not minimum <= value < math.inf:
             raise ValueError(f"{name} is {value!r}; needed: a finite number of at least {minimum}")
 
@@ -85,6 +93,7 @@ def check_at_least(minimum: float, **values: float) -> None:
 def check_whole(minimum: int, **values: int) -> None:
     """Raise ValueError for the first named value that is no whole number or is below `minimum`."""
     for name, value in values.items():
+        value = _scalar(value)
         if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < minimum:
             raise ValueError(f"{name} is {value!r}; needed: a whole number of at least {minimum}")
 

@@ -22,6 +22,8 @@ def check_attack(
     """The images, detached, once all arguments of an attack are found sound."""
     if not (unclipped and epsilon == math.inf):
         check_at_least(0, epsilon=epsilon)
+        if epsilon > 1:
+            raise ValueError(f"epsilon is {epsilon:g}; needed: at most 1, in [0, 1] pixels (8/255 = 0.0314)")
     check_batch(model, x, y)
     if steps is not None:
         check_whole(1, steps=steps)
@@ -38,8 +40,10 @@ def project(moved: Tensor, x: Tensor, epsilon: float) -> Tensor:
 
 
 def default_steps(epsilon: float, step_size: float, steps: int | None) -> int:
-    """`steps`, or BIM's ⌊2ε/α + 2⌋ for None."""
-    return int(2 * epsilon / step_size + 2 + 1e-9) if steps is None else steps
+    """`steps`, or BIM's ⌊2ε/α + 2⌋ for None. ValueError for more than anybody waits for."""
+    if steps is None and not 2 * epsilon / step_size < 100_000:
+        raise ValueError(f"step_size is {step_size:g}, which makes {2 * epsilon / step_size:.0f} steps; give steps")
+    return int(2 * epsilon / step_size + 2 + 1e-9) if steps is None else int(steps)
 
 
 def uniform(x: Tensor, epsilon: float, seed: int | torch.Generator) -> Tensor:

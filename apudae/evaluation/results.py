@@ -1,5 +1,6 @@
 """Result rows, and the CSV files of `data/results/` that keep them."""
 
+import csv
 import json
 import math
 import time
@@ -148,9 +149,15 @@ def _read(path: Path) -> pd.DataFrame:
         table = pd.read_csv(path, keep_default_na=False, dtype=str)
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no file of results ({' '.join(str(error).split())}); move it away") from error
+    with open(path, encoding="utf-8", newline="") as file:
+        lengths = [len(fields) for fields in csv.reader(file) if fields]
     if missing := [name for name in COLUMNS if name not in table]:
         lacks = f"it lacks the columns {', '.join(missing)}"
         raise ValueError(f"{path} is no file of results, or an older one: {lacks}; move it away")
+    if cut := [line for line, length in enumerate(lengths, start=1) if length != lengths[0]]:
+        raise ValueError(
+            f"{path}, line {cut[0]}, is no row of results: {lengths[cut[0] - 1]} of {lengths[0]} columns; mend it"
+        )
     _check_rows(table, f"{path}")
     return table
 
@@ -163,8 +170,6 @@ def _check_rows(table: pd.DataFrame, where: str) -> None:
 
 def _wrong(row: dict[str, str]) -> str:
     """What is wrong with a row of a file, in words; "" if nothing is."""
-    if short := [name for name, value in row.items() if not isinstance(value, str)]:
-        return f"it ends before the column {short[0]}"
     try:
         n, correct = int(row["n"]), int(row["correct"])
         accuracy, low, high = (float(row[name]) for name in ("accuracy", "ci_low", "ci_high"))

@@ -185,9 +185,18 @@ def _reflected(x: Tensor, multiple: int) -> Tensor:
     return x
 
 
+def check_output(x: Tensor, output: Tensor) -> Tensor:
+    """`output`, what an autoencoder makes of the images `x`. ValueError where it has another shape."""
+    if not isinstance(output, Tensor) or output.shape != x.shape:
+        given = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"type {type(output).__name__}"
+        raise ValueError(f"the autoencoder's output has {given}; needed: that of the images, {tuple(x.shape)}")
+    return output
+
+
 def squared_distance(x: Tensor, output: Tensor) -> Tensor:
     """dist(X, Y) = (X − Y)² of Eq. 2, summed over C·H·W: (n,)."""
     # paper: sum or mean not said; here: the sum, as in the authors' script
+    check_output(x, output)
     difference = (x - output).to(torch.promote_types(x.dtype, torch.float32))  # bfloat16 has too few digits for a sum
     return difference.square().flatten(1).sum(1)
 

@@ -1,6 +1,7 @@
 """How to purify: `PurifyConfig`, and the variants A to G of section 2.3 as presets."""
 
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Literal, get_args
 
 from ..contracts import check_at_least, check_known, check_whole
@@ -53,7 +54,8 @@ class PurifyConfig:
             )
         for name, choices in CHOICES.items():
             check_known(name, getattr(self, name), get_args(choices))
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+        pair = isinstance(self.betas, tuple | list) and len(self.betas) == 2
+        if not pair or not all(isinstance(beta, Real) and 0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas are {self.betas!r}; needed: two numbers of at least 0 and below 1")
         if self.direct and (self.transforms or self.noise_rule == "adaptive"):
             raise ValueError("direct takes no steps, yet resize, rotation or adaptive noise is given; leave one out")

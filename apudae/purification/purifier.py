@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..autograd import Recomputed, StraightThrough, clipped, smooth_sign
 from ..batching import CACHE, in_batches
 from ..contracts import as_generator, check_images, check_known, frozen
-from ..models.autoencoders import squared_distance
+from ..models.autoencoders import check_output, squared_distance
 from .config import Backward, PurifyConfig, resolve_config
 from .steps import Draws, Moments, Step, affine_matrices, per_image, resampled
 
@@ -109,7 +109,8 @@ class Purifier(nn.Module):
             return x
         draws = Draws(seed, ids) if config.is_random else None
         if config.direct:
-            return self.dae(x if draws is None else x + config.noise_std * draws.normal(x)).clamp(0, 1)
+            seen = x if draws is None else x + config.noise_std * draws.normal(x)
+            return check_output(x, self.dae(seen)).clamp(0, 1)
         if config.transforms:  # G: X_pur,0 = t(X_adv, f, θ)
             chance = draws if config.random_transform else None
             x = resampled(x, matrix := affine_matrices(x, config.resize, config.rotation, chance))
