@@ -25,10 +25,8 @@ def setup() -> None:
     if "PLOTLY_RENDERER" not in os.environ:
         drawable = any(map(shutil.which, BROWSERS)) or "BROWSER_PATH" in os.environ
         pio.renderers.default = "plotly_mimetype+png" if drawable else "plotly_mimetype"
-        if drawable:
-            pio.renderers["png"].scale = 1.5
-        else:
-            print("No Chromium or Chrome found: figures are interactive only, without PNG copies.", file=sys.stderr)
+        if not drawable:
+            print("No Chromium: figures are interactive only (harmless)", file=sys.stderr)
     template = pio.templates["plotly_white"]
     template.layout.colorway = PALETTE
     template.layout.margin = {"l": 60, "r": 20, "t": 60, "b": 50}
@@ -80,16 +78,19 @@ def accuracy_curves(
 ) -> go.Figure:
     """Accuracy against the column `x`, one line for each value of the column `colour`, with 95 % intervals.
 
-    With the column `panel`, a panel with an x axis of its own for each of its values.
+    With the column `panel`, a panel with an x axis of its own for each of its values, two in a row.
     """
     drawn = rows.assign(above=rows.ci_high - rows.accuracy, below=rows.accuracy - rows.ci_low)
-    marks = {"color": colour, "symbol": colour, "markers": True, "facet_col": panel}
-    figure = px.line(drawn, x=x, y="accuracy", error_y="above", error_y_minus="below", **marks)
+    marks = {"color": colour, "symbol": colour, "markers": True, "facet_col": panel, "facet_col_wrap": 2}
+    figure = px.line(drawn, x=x, y="accuracy", error_y="above", error_y_minus="below", **marks, facet_row_spacing=0.12)
     names = list(dict.fromkeys(trace.name for trace in figure.data))
     for trace in figure.data:  # a colour that comes again is dashed
         trace.line.dash = "dash" if names.index(trace.name) >= len(PALETTE) else None
-    figure.for_each_annotation(lambda note: note.update(text=note.text.removeprefix(f"{panel}=")))
-    figure.update_yaxes(range=[0, 1.02]).update_yaxes(title="accuracy (share of images), 95 % interval", col=1)
+    rows = 1 if panel is None else -(-drawn[panel].nunique() // 2)
+    figure.for_each_annotation(lambda note: note.update(text=note.text.removeprefix(f"{panel}="), font_size=11))
+    figure.update_yaxes(range=[0, 1.02]).update_yaxes(title="accuracy, 95 % interval", col=1)
+    figure.update_layout(height=420 if rows == 1 else 140 + 280 * rows)
+    figure.update_xaxes(showticklabels=True)
     return figure.update_xaxes(title=x_title, matches=None).update_layout(title=title)
 
 
