@@ -467,6 +467,7 @@ def test_purifiers_end_in_images_or_one_sentence(x, change, loss, step_rule, see
     ends_well(lambda: apudae.purify(DAE, x, PurifyConfig(**rules | change), seed=seed))
 
 
+@pytest.mark.slow
 def test_a_thousand_bad_words_end_in_one_sentence(tmp_path):
     """Parameters as text, in one process: what the command line does before anything starts."""
     from apudae.batch.parameters import check_parameters, declared_parameters

@@ -150,6 +150,7 @@ def test_one_bim_step_is_fgsm():
 # --- strength on the shipped classifiers ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["classifier", "cnn"])
 def test_iterating_beats_one_step_beats_noise(name, digits, request):
     model, (x, y) = request.getfixturevalue(name), digits
@@ -327,6 +328,7 @@ def test_model_without_gradients_is_named(attack):
 # --- more effort, images that are fooled already, other precisions ----------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("name", "allowed"), [("cw", 1.25), ("deepfool", 1.05)])
 def test_length_of_the_shortest_perturbation_of_a_linear_model(name, allowed, dtype):
@@ -366,6 +368,7 @@ def test_more_steps_are_never_weaker(name, few, many, classifier, digits):
     assert reached[1] <= reached[0]
 
 
+@pytest.mark.slow
 def test_more_search_never_lengthens_what_cw_found(classifier, digits):
     x, y = digits[0][:20], digits[1][:20]
 
@@ -409,6 +412,7 @@ def test_a_model_on_another_device_is_named(attack):
         attack(linear_classifier(4).to("meta"), GOOD, torch.tensor([0, 1]), epsilon=0.1)
 
 
+@pytest.mark.slow
 def test_every_name_has_the_papers_parameters():
     model, y = linear_classifier(4, classes=5), torch.tensor([0, 1])
     for dataset in {entry.budget: name for name, entry in DATASETS.items() if entry.budget}.values():

@@ -48,6 +48,7 @@ def test_a_batch_of_one_and_one_that_is_misclassified_already(name, options, cla
     assert (classifier(found).argmax(1) != y).all()
 
 
+@pytest.mark.slow
 @both
 def test_seeds_repeat(name, options, classifier, digits):
     x, y = digits[0][:4], digits[1][:4]
@@ -93,6 +94,7 @@ def test_bad_options_are_named():
         square(linear_classifier(16, 12), X, Y, epsilon=0.1, queries=0)
 
 
+@pytest.mark.slow
 def test_strength_on_the_shipped_classifier(classifier, digits):
     x, y = digits[0][:40], digits[1][:40]
     settings = attacks.attack_settings("mnist")
@@ -121,6 +123,7 @@ def test_expectation_of_a_deterministic_model_is_the_model():
         EOT(model, 0)
 
 
+@pytest.mark.slow
 def test_expectation_and_fixed_noise_of_a_random_model():
     dae, x = tiny_dae(), images(3, 1, 8, 8)
     dae.recon_mu.fill_(0)
@@ -207,6 +210,7 @@ def test_counter_attack_b():
         counter_attack_b(with_error, x, y, epsilon=0.1, beta=-1)
 
 
+@pytest.mark.slow
 def test_the_exact_gradient_is_of_use(dae, classifier, digits):
     """Along it the loss of the purified image rises as much as along the identity's (three steps of A)."""
     x, y = digits[0][:20], digits[1][:20]

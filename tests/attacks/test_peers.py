@@ -8,6 +8,8 @@ import apudae
 from apudae.datasets import take
 from apudae.evaluation.accuracy import accuracy, predict
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def scene():

@@ -148,6 +148,7 @@ def test_declared_parameters_carry_their_comments():
 # --- a real run -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_failure_then_success(tiny):
     with pytest.raises(NotebookError, match=r"07_tiny, cell \d+: AssertionError: broken on purpose") as caught:
         run_notebook("07_tiny", {"fail": "true", "run": "mine"})
@@ -185,6 +186,7 @@ def test_page_asks_no_network_for_anything():
     assert not re.search(r"""(src|href)=["']?(https?:)?//""", made)
 
 
+@pytest.mark.slow
 def test_command_prints_the_result_and_both_paths(tiny, monkeypatch, capfd):
     monkeypatch.setattr(sys, "argv", ["apudae", "run", "notebooks/07_tiny.ipynb"])
     with pytest.raises(SystemExit) as ended:
@@ -257,6 +259,7 @@ def test_bad_input_is_one_line_and_status_2(case, folder, monkeypatch, capfd):
     check_refused(printed.out, ended.value.code, printed.err, named)
 
 
+@pytest.mark.slow
 def test_installed_command_refuses_as_well(folder):
     """One of these cases through the installed command, where imports could print warnings."""
     words, named = BAD_COMMANDS["unknown parameter"]
@@ -264,6 +267,7 @@ def test_installed_command_refuses_as_well(folder):
     check_refused(process.stdout, process.returncode, process.stderr, named)
 
 
+@pytest.mark.slow
 def test_list_of_notebooks_shows_questions_and_parameters(folder):
     listed = command(folder, "notebooks")
     assert (listed.returncode, listed.stderr) == (0, "")

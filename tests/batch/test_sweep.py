@@ -28,6 +28,8 @@ from apudae.batch.step import gpu_place
 from apudae.batch.sweep import read_sweep
 from apudae.files import ROOT
 
+pytestmark = pytest.mark.slow
+
 APUDAE = [sys.executable, "-c", "from apudae.batch.cli import main; main()"]
 MARK = "APUDAE_TEST"  # set in the environment of everything that a test starts
 

@@ -267,6 +267,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units elsewhere")
 def test_memory_of_many_photographs_is_theirs_and_a_constant():
     """What 16 more photographs add stays below four copies of them, so 1,000 of them stay below 4 GB."""

@@ -310,6 +310,7 @@ for i in range(20):
 """
 
 
+@pytest.mark.slow
 def test_two_writers_lose_nothing(tmp_path):
     path = tmp_path / "it.csv"
     writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(path), name]) for name in ("one", "two")]

@@ -25,6 +25,7 @@ def few(digits):
     return digits[0][:24], digits[1][:24]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", [Quantised(8), Quantised(256)], ids=["8 levels", "masked gradient"])
 def test_a_broken_defense_falls(broken, classifier, digits):
     x, y = digits[0][:40], digits[1][:40]
@@ -39,6 +40,7 @@ def test_a_broken_defense_falls(broken, classifier, digits):
     assert found.rows[-1]["correct"] <= alone.rows[-1]["correct"] + 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["direct", "A", "F"])
 def test_rows_and_record_agree_with_the_images(name, classifier, cnn, dae, digits):
     config, x, y = replace(PRESETS[name], steps=2, step_size=0.05), digits[0][:6], digits[1][:6]
@@ -62,6 +64,7 @@ def test_rows_and_record_agree_with_the_images(name, classifier, cnn, dae, digit
     assert set(found.record.broken_by) <= {*names, ""}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["direct", *"ABCDEFG"])
 def test_white_box_is_never_weaker(name, classifier, cnn, dae, digits):
     """Each ladder on its own, 100 digits; three larger steps for fifteen, so that it takes seconds."""

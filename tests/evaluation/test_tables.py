@@ -163,6 +163,7 @@ CELLS = {  # a cell of each table
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("APUDAE_DATA" not in os.environ, reason="APUDAE_DATA is not set")
 @pytest.mark.parametrize("cell", CELLS)
 def test_shipped_weights_give_a_cell_of_each_table_again(cell):

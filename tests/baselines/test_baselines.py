@@ -54,6 +54,7 @@ def test_reformer_has_the_original_size_and_gives_images(shape, weights):
     assert 0 <= reformed.min() <= reformed.max() <= 1
 
 
+@pytest.mark.slow
 def test_magnet_learns_to_denoise(few, digits):
     torch.manual_seed(0)
     magnet, (x, _) = MagNet(), digits
@@ -296,7 +297,7 @@ def test_longer_recipe_goes_on_to_the_undisturbed_result(few, tmp_path):
 
 TO_BE_KILLED = """
 import sys
-sys.path.insert(0, sys.argv[2])
+sys.path[:0] = [sys.argv[2], sys.argv[2] + "/.."]
 import torch, test_baselines
 torch.set_num_threads(1)
 test_baselines.train_to_be_killed(sys.argv[1])
@@ -308,6 +309,7 @@ def train_to_be_killed(run_dir):
     return trained(digits, run_dir, steps=100)
 
 
+@pytest.mark.slow
 def test_killed_training_goes_on_to_the_same_result(tmp_path):
     command = [sys.executable, "-c", TO_BE_KILLED, str(tmp_path / "killed"), os.path.dirname(__file__)]
     process, state = subprocess.Popen(command), tmp_path / "killed" / "state.safetensors"

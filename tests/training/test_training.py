@@ -60,6 +60,7 @@ def test_classifier_learns(few, digits):
     assert curve[-1]["loss"] < before
 
 
+@pytest.mark.slow
 def test_adversarial_training_makes_the_attack_fail(few, digits):
     """As many steps of ordinary training leave the loss under attack far above."""
     x, y = digits
@@ -338,10 +339,10 @@ def test_run_folder_of_another_training_is_refused(few, tmp_path, changed):
 
 SLOW_TRAINING = """
 import sys, time
-sys.path.insert(0, sys.argv[2])
-import torch, test_train
+sys.path[:0] = [sys.argv[2], sys.argv[2] + "/.."]
+import torch, test_training
 torch.set_num_threads(1)
-test_train.train_to_be_killed(sys.argv[1], pause=0.05)
+test_training.train_to_be_killed(sys.argv[1], pause=0.05)
 """
 
 
@@ -371,6 +372,7 @@ def kill_once_kept(run_dir, after):
         return state.stat().st_mtime_ns, kept.metadata()["curve"].count("step")
 
 
+@pytest.mark.slow
 def test_killed_training_goes_on_to_the_same_result(tmp_path):
     written, points = kill_once_kept(tmp_path / "killed", after=0)
     _, more_points = kill_once_kept(tmp_path / "killed", after=written)
@@ -384,6 +386,7 @@ def test_killed_training_goes_on_to_the_same_result(tmp_path):
     assert torch.equal(weights(resumed[0]), weights(undisturbed[0]))
 
 
+@pytest.mark.slow
 def test_interrupted_average_goes_on_to_the_same_result(tmp_path):
     recipe, steps = Recipe(steps=12, batch_size=16, ema_decay=0.9), []
     colours = [(image, 0) for image in images(64, 3, 8, 8)]
@@ -435,10 +438,12 @@ class Slow(Dataset):
         return image.double(), label
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_and_go_on_after_a_kill(tmp_path):
     """The curve of two gloo processes is that of one with the whole batch, up to rounding; also after kill -9."""
-    code = "import sys; sys.path.insert(0, sys.argv[2]); from pathlib import Path; import test_train\n"
-    code += "if __name__ == '__main__': test_train.shared_training(2, Path(sys.argv[1]), pause=0.02)"
+    code = "import sys; sys.path[:0] = [sys.argv[2], sys.argv[2] + '/..']\n"
+    code += "from pathlib import Path; import test_training\n"
+    code += "if __name__ == '__main__': test_training.shared_training(2, Path(sys.argv[1]), pause=0.02)"
     command = [sys.executable, "-c", code, str(tmp_path / "killed"), os.path.dirname(__file__)]
     with subprocess.Popen(command, env=os.environ | {"APUDAE_TEST": str(tmp_path)}) as process:
         while process.poll() is None and not (tmp_path / "killed" / "state.safetensors").is_file():
@@ -466,6 +471,7 @@ def test_two_processes_train_as_one_and_go_on_after_a_kill(tmp_path):
 ADVERSARIAL = {"epsilon": 0.1, "step_size": 0.05, "steps": 2}
 
 
+@pytest.mark.slow
 def test_attack_and_average_in_two_processes(tmp_path):
     """The inner attack and the average of the weights are those of one process; what the caller has stays the same."""
     colours = [(image, index % 10) for index, image in enumerate(images(32, 3, 8, 8).double())]
@@ -492,6 +498,7 @@ def failing_training(model, dataset, recipe, *, device):
     torch.distributed.barrier()
 
 
+@pytest.mark.slow
 def test_error_of_one_process_ends_all(few):
     with pytest.raises(ChildFailedError, match="the disk is full"):
         in_processes(2, failing_training, tiny_dae(), few, SHORT)
@@ -507,6 +514,7 @@ def living(mark):
     return found
 
 
+@pytest.mark.slow
 def test_processes_that_cannot_be(few):
     for processes in (0, 1.5):
         with pytest.raises(ValueError, match="processes"):

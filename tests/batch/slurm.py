@@ -1,6 +1,6 @@
 """A Slurm of one node on this machine, for tests: set up by `cluster`, gone with it. Needs root, slurm-wlm, munge.
 
-python tests/slurm.py: keep it up until Ctrl-C, to try `apudae sweep … --profile slurm` by hand.
+python tests/batch/slurm.py: keep it up until Ctrl-C, to try `apudae sweep … --profile slurm` by hand.
 """
 
 import contextlib
