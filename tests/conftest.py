@@ -9,10 +9,12 @@ from apudae.datasets import take
 from apudae.models import DAE
 
 
-@pytest.fixture(autouse=True)
-def _runs_of_its_own(monkeypatch):
+@pytest.fixture(scope="module", autouse=True)
+def _runs_of_its_own():
     """What a test starts writes where it would for a user; the replayed notebooks have APUDAE_RUNS (Makefile)."""
-    monkeypatch.delenv("APUDAE_RUNS", raising=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("APUDAE_RUNS", raising=False)
+        yield
 
 
 @pytest.fixture(scope="session")

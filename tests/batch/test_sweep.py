@@ -51,11 +51,12 @@ display({"application/vnd.plotly.v1+json": {"data": [{"type": "scatter", "y": [1
 time.sleep(wait)
 folder, path = Path("../data/runs") / run, Path("..") / results
 before = (folder / "seen.txt").read_text() if (folder / "seen.txt").exists() else ""
-names = "dataset,split,n,classifier,dae,attack,attack_parameters,purifier,purifier_parameters,seed,device"
-facts = f"{dataset},test,10,mnist/classifier,{dae},{path.stem},{{}},{purifier},{{}},0,cpu"
+names = "dataset,split,n,metric,classifier,dae,kind,attack,epsilon,attack_parameters,position"
+names += ",purifier,steps,step_size,purifier_parameters,seed,device"
+facts = f"{dataset},test,10,top-1,mnist/classifier,{dae},attack,{path.stem},,{{}},,{purifier},,,{{}},0,cpu"
 figures = "7,0.7,0.4,0.9"
 seconds = random.random()
-path.write_text(f"{names},correct,accuracy,ci_low,ci_high,seconds,commit,command\\n{facts},{figures},{seconds},c,x\\n")
+path.write_text(f"{names},correct,accuracy,ci_low,ci_high,seconds,notebook,commit,command\\n{facts},{figures},{seconds},01,c,x\\n")
 assert not fail, "broken on purpose" """
 READ = """results: str = ""  # rows to read
 run: str = "default"  # folder below data/runs/"""
