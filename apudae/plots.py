@@ -5,6 +5,7 @@ import io
 import os
 import shutil
 import sys
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,7 @@ from torch import Tensor
 
 # Okabe and Ito (2008): told apart by readers with any kind of colour vision
 PALETTE = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000", "#999999"]
+WIDTH = 820  # of a figure at most, in pixels: what a cell of JupyterLab and a page of GitHub show
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
 
@@ -27,10 +29,11 @@ def setup() -> None:
         pio.renderers.default = "plotly_mimetype+png" if drawable else "plotly_mimetype"
         if not drawable:
             print("No Chromium: figures are interactive only (harmless)", file=sys.stderr)
+    warnings.formatwarning = lambda message, category, *_: f"{category.__name__}: {message}\n"  # one line, no paths
     template = pio.templates["plotly_white"]
     template.layout.colorway = PALETTE
     template.layout.margin = {"l": 60, "r": 20, "t": 60, "b": 50}
-    template.layout.update(width=820, height=420, title_font_size=16)
+    template.layout.update(width=WIDTH, height=420, title_font_size=16)
     pio.templates["apudae"] = template
     pio.templates.default = "apudae"
 
@@ -47,7 +50,10 @@ def image_strip(columns: dict[str, Tensor], captions: dict[str, list[str]], titl
             figure.update_xaxes(title={"text": text, "standoff": 2, "font_size": 13}, row=row, col=column)
     figure.update_xaxes(showticklabels=False, showgrid=False, zeroline=False)
     figure.update_yaxes(showticklabels=False, showgrid=False, zeroline=False)
-    return figure.update_layout(title=title, width=110 * len(columns) + 90, height=130 * rows + 130, margin_t=80)
+    cell = min(110, (WIDTH - 90) / len(columns))
+    return figure.update_layout(
+        title=title, width=cell * len(columns) + 90, height=(cell + 20) * rows + 130, margin_t=80
+    )
 
 
 def _encoded(image: Tensor) -> str:
