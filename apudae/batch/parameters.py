@@ -144,7 +144,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
         for key, _ in node.value:
-            if key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge") or re.search(r"\s", key.value):
+            if key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge") or not key.value.isprintable():
                 raise yaml.YAMLError(f"the key {key.value!r} is no plain word")
         if twice := {key for key in keys if keys.count(key) > 1}:
             raise yaml.YAMLError(f"the key {min(twice)!r} stands twice")

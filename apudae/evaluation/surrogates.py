@@ -17,7 +17,7 @@ class BPDA(nn.Module):
         self.purifier, self.stand_in = purifier, stand_in or nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return StraightThrough.apply(self.stand_in(x), self.purifier(x).detach())
+        return StraightThrough.apply(self.stand_in(x), self.purifier(x.detach()).detach())
 
 
 class EOT(nn.Module):
