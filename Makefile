@@ -1,8 +1,8 @@
 # One environment in .venv, made by the first target that needs it; `make PYTHON=python3.12 demo` to choose another Python.
 PYTHON ?= $(firstword $(shell command -v python3.11 python3 python 2>/dev/null))
 BIN := .venv/bin
-JOBS ?= auto# test processes, a core each
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout=1200
+JOBS ?= auto# test processes, a core each; no PNG copies of figures are drawn, which the replays do not compare
+PYTEST = OMP_NUM_THREADS=1 PLOTLY_RENDERER=plotly_mimetype $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout=1200
 ifdef APUDAE_DATA
 export APUDAE_DATA := $(abspath $(APUDAE_DATA))
 endif
