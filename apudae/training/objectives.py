@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 
 from ..attacks.gradient_sign import iterate
 from ..contracts import check_at_least, check_whole, frozen
+from ..files import fingerprint
 from .distributed import shared_draw
 from .loop import Recipe, bare, fit
 
@@ -68,7 +69,11 @@ def train_dae(
 
     about = {"noise_std_max": noise_std_max, "noise_std_min": noise_std_min, "shift": shift, "flip": flip}
     about |= {"patch": patch} if patch else {}
-    about |= {} if classifier is None else {"stability": stability, "epsilon": epsilon}
+    about |= {} if classifier is None else {
+        "stability": stability,
+        "epsilon": epsilon,
+        "classifier": fingerprint(classifier.state_dict()),
+    }
     return fit(dae, loss, dataset, recipe, run_dir=run_dir, device=device, about=about)
 
 

@@ -38,8 +38,8 @@ def weights(model):
     return torch.cat([value.flatten().double() for value in model.state_dict().values()]).nan_to_num(-1)
 
 
-def trained(few, run_dir=None, recipe=SHORT, noise_std_max=0.5, width=4):
-    torch.manual_seed(0)
+def trained(few, run_dir=None, recipe=SHORT, noise_std_max=0.5, width=4, first=0):
+    torch.manual_seed(first)
     dae = DAE(1, 2, width)
     curve = train_dae(dae, few, recipe, noise_std_max=noise_std_max, run_dir=run_dir)
     return dae, curve
@@ -328,11 +328,18 @@ def test_finished_run_is_not_trained_again(few, tmp_path):
 
 @pytest.mark.parametrize(
     "changed",
-    [{"recipe": Recipe(steps=40, batch_size=32, seed=1)}, {"noise_std_max": 0.4}, {"images": 100}, {"width": 5}],
+    [
+        {"recipe": Recipe(steps=40, batch_size=32, seed=1)},
+        {"noise_std_max": 0.4},
+        {"images": range(100)},
+        {"images": range(319, -1, -1)},
+        {"width": 5},
+        {"first": 1},
+    ],
 )
 def test_run_folder_of_another_training_is_refused(few, tmp_path, changed):
     trained(few, tmp_path)
-    dataset = Subset(few, range(changed.pop("images", len(few))))
+    dataset = Subset(few, changed.pop("images", range(len(few))))
     with pytest.raises(ValueError, match=r"state\.safetensors belongs to another training"):
         trained(dataset, tmp_path, **changed)
 
