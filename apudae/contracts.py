@@ -11,6 +11,8 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+LARGEST = torch.finfo(torch.float32).max
+
 
 def check_images(x: Tensor, bounded: bool = True) -> bool:
     """Raise ValueError unless `x` is a floating-point (n, channels, height, width) tensor of values in [0, 1].
@@ -83,10 +85,10 @@ def _scalar(value: object) -> object:
 
 
 def check_at_least(minimum: float, **values: float) -> None:
-    """Raise ValueError for the first named value that is no finite number or is below `minimum`."""
+    """Raise ValueError for the first named value that is no finite number of float32 or is below `minimum`."""
     for name, value in values.items():
         value = _scalar(value)
-        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not minimum <= value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not minimum <= value <= LARGEST:
             raise ValueError(f"{name} is {value!r}; needed: a finite number of at least {minimum}")
 
 

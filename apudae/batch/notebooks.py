@@ -71,7 +71,7 @@ def run_notebook(
         except papermill.PapermillExecutionError as error:
             os.replace(aside, failed)
             raise NotebookError(
-                f"{name}, cell {error.exec_count}: {error.ename}: {error.evalue}\n  see {failed}"
+                f"{name}, cell {error.exec_count}: {error.ename}: {error.evalue}; see {failed}"
             ) from error
         except DeadKernelError as error:
             raise NotebookError(f"{name}: its kernel died (killed, or out of memory)") from error

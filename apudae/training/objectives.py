@@ -69,11 +69,8 @@ def train_dae(
 
     about = {"noise_std_max": noise_std_max, "noise_std_min": noise_std_min, "shift": shift, "flip": flip}
     about |= {"patch": patch} if patch else {}
-    about |= {} if classifier is None else {
-        "stability": stability,
-        "epsilon": epsilon,
-        "classifier": fingerprint(classifier.state_dict()),
-    }
+    if classifier is not None:
+        about |= {"stability": stability, "epsilon": epsilon, "guide": fingerprint(classifier.state_dict())}
     return fit(dae, loss, dataset, recipe, run_dir=run_dir, device=device, about=about)
 
 

@@ -263,7 +263,7 @@ def test_record_replaces_the_same_and_keeps_the_others(tmp_path, changed):
 
 def test_former_rows_stay_as_they_were_written(tmp_path):
     path = tmp_path / "it.csv"
-    odd = row(7, seed=1) | {"accuracy": 0.1 + 0.2, "seconds": 1e-17, "ci_low": 1 / 3, "ci_high": 123456.789e3}
+    odd = row(30, seed=1) | {"accuracy": 0.1 + 0.2, "seconds": 1e-17, "ci_low": 0.2 + 0.01, "ci_high": 1 / 3}
     record(path, [odd])
     before = path.read_text().splitlines()
     record(path, [row(8, seed=2)])
