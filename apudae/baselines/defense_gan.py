@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ..autograd import StraightThrough
 from ..contracts import as_generator, check_at_least, check_images, check_known, check_whole, frozen
 from ..training.loop import Batches, Recipe, step_seed
-from ..training.state import keep_training, restore_training
+from ..training.state import keep_training, restore_training, whose
 
 Backward = Literal["none", "identity"]
 
@@ -69,8 +69,8 @@ def train_gan(
     both = nn.ModuleDict({"generator": generator, "critic": critic}).to(device).train()
     # one optimiser for both: a weight without gradient keeps still, and so do its moments
     optimizer = torch.optim.Adam(both.parameters(), lr=recipe.learning_rate, betas=(0.5, 0.9))
-    identity = asdict(recipe) | {"critic_steps": critic_steps, "penalty": penalty, "images": len(dataset)}
-    identity |= {"steps": None, "model": generator.architecture}
+    about = {"critic_steps": critic_steps, "penalty": penalty, "model": generator.architecture}
+    identity = whose(dataset, both, **asdict(recipe) | about | {"steps": None})
     state = None if run_dir is None else Path(run_dir) / "state.safetensors"
     start, curve = restore_training(state, both, optimizer, identity)
     if start > recipe.steps:

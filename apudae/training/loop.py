@@ -15,9 +15,8 @@ from tqdm import tqdm
 
 from ..contracts import check_at_least, check_whole
 from ..datasets.imagenet import readers
-from ..files import fingerprint
 from .distributed import rank_and_world_size, shared_statistics
-from .state import keep_training, restore_training
+from .state import keep_training, restore_training, whose
 
 Loss = Callable[[nn.Module, Tensor, Tensor, torch.Generator], Tensor]
 
@@ -59,7 +58,7 @@ def fit(
 
     With `run_dir`, weights and optimiser are kept every `save_every` steps (by default a twentieth, at most 200). A
     killed run goes on from there to the result it would have had: batches and noise of a step depend on seed and step
-    alone. A `run_dir` that belongs to another recipe, model, first weights, data set (its size and three of its images)
+    alone. A `run_dir` that belongs to another recipe, model, first weights, data set (its size and some of its images)
     or loss (`about`) is a ValueError.
     Colour images (a fifth faster so, even on a CPU) and CUDA: channels-last, and bfloat16 autocast where the processor
     has it (twice as fast). Several processes (`in_processes`): `x`, `y` are a share of the batch, and `loss` calls
@@ -76,9 +75,7 @@ def fit(
         networks["average"] = AveragedModel(
             network, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay), use_buffers=True
         )
-    ends = [dataset[index] for index in (0, len(dataset) // 2, len(dataset) - 1)]
-    identity = {"recipe": asdict(recipe), "about": about, "images": len(dataset), "model": model.architecture}
-    identity |= {"first_weights": fingerprint(model.state_dict()), "some_images": fingerprint(ends)}
+    identity = whose(dataset, model, recipe=asdict(recipe), about=about, model=model.architecture)
     state = None if run_dir is None else Path(run_dir) / "state.safetensors"
     start, curve = restore_training(state, networks, optimizer, identity)
     called = DistributedDataParallel(network) if processes > 1 else network

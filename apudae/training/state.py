@@ -2,13 +2,22 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.data import Dataset
 
-from ..files import written_aside
+from ..files import fingerprint, written_aside
+
+
+def whose(dataset: Dataset, networks: nn.Module, **facts: Any) -> dict[str, Any]:
+    """What tells a training from others: `facts`, size and some images of the data set, the first weights."""
+    some = [dataset[index] for index in range(len(dataset))[:: max(1, (len(dataset) - 1) // 2)]]
+    found = {"some_images": fingerprint(some), "first_weights": fingerprint(networks.state_dict())}
+    return facts | {"images": len(dataset)} | found
 
 
 def keep_training(

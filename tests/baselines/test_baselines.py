@@ -260,8 +260,8 @@ def test_gradient_penalty_of_a_linear_critic():
     assert torch.allclose(gradient, 2 * (weight.norm() - 1) * weight / weight.norm(), rtol=1e-4, atol=1e-7)
 
 
-def trained(few, run_dir=None, steps=6, **changed):
-    torch.manual_seed(0)
+def trained(few, run_dir=None, steps=6, first=0, **changed):
+    torch.manual_seed(first)
     generator, critic = Generator(2), Critic(2)
     recipe = Recipe(steps, 16, 1e-3, changed.pop("seed", 0))
     curve = train_gan(generator, critic, few, recipe, run_dir=run_dir, save_every=2, **{"critic_steps": 2} | changed)
@@ -290,9 +290,11 @@ def test_longer_recipe_goes_on_to_the_undisturbed_result(few, tmp_path):
     assert [point["step"] for point in curve] == [2, 4, 6]
     with pytest.raises(ValueError, match="6 steps of training already"):
         trained(few, tmp_path, steps=4)
-    for changed in ({"seed": 1}, {"critic_steps": 3}, {"penalty": 1.0}):
+    for changed in ({"seed": 1}, {"critic_steps": 3}, {"penalty": 1.0}, {"first": 1}):
         with pytest.raises(ValueError, match="belongs to another training"):
             trained(few, tmp_path, **changed)
+    with pytest.raises(ValueError, match="belongs to another training"):
+        trained(Subset(few, range(len(few) - 1, -1, -1)), tmp_path)
 
 
 TO_BE_KILLED = """
