@@ -75,8 +75,9 @@ class Study:
         return result_row(measured, **{"device": self.x.device, **self.names, **about, **facts})
 
     def follow(self, config: PurifyConfig, attacks: Sequence[str], n: int) -> dict[str, list[Step]]:
-        """Every step of `config` on the first `n` images under each attack."""
-        return {attack: trajectory(self.dae, self.attacked[attack][:n], config) for attack in attacks}
+        """Every step of `config` on the first `n` images under each attack, with the noise of `purified`."""
+        seed = self.names["seed"]
+        return {attack: trajectory(self.dae, self.attacked[attack][:n], config, seed) for attack in attacks}
 
     def strip(self, attack: str, purified: Tensor, purifier: str, count: int = 5) -> tuple[dict, dict]:
         """For `plots.image_strip`: images that the attack changed, those first that `purified` did not save.
