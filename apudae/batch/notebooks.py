@@ -18,6 +18,8 @@ from ..files import data_root, provenance, run_folder, written_aside
 from .html import page
 from .parameters import NOTEBOOKS, check_parameters, declared_parameters
 
+BAR = re.compile(r"\d+%\|.*\|")  # the last state of one, which it leaves behind
+
 
 class NotebookError(RuntimeError):
     """A cell of a notebook failed."""
@@ -83,11 +85,15 @@ def run_notebook(
 
 
 def without_progress(path: Path) -> None:
-    """Drop the traces of progress bars (text that moves the cursor) from an executed notebook."""
+    """Drop the traces of progress bars from an executed notebook; what else its cells said stays."""
     notebook = nbformat.read(path, as_version=4)
     for cell in notebook.cells:
+        streams = [output for output in cell.get("outputs", []) if output.output_type == "stream"]
+        for output in streams:
+            lines = [line.rpartition("\r")[2] for line in output.text.replace("\x1b[A", "").split("\n")]
+            output.text = "\n".join(line for line in lines if not BAR.search(line))
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if not re.search(r"\r|\x1b\[A", output.get("text", ""))]
+            cell.outputs = [output for output in cell.outputs if output not in streams or output.text.strip()]
     nbformat.write(notebook, path)
 
 

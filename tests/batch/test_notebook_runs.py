@@ -29,7 +29,12 @@ import plotly.io as pio
 pio.renderers.default = "plotly_mimetype"
 go.Figure(go.Scatter(x=[0, 1, 2], y=[2, 0, 1]), layout={"title": {"text": "a zigzag"}})"""
 PROGRESS = """import sys
-print("\\r 50%", file=sys.stderr)
+from tqdm import tqdm
+
+for leave in (True, False):
+    for _ in tqdm(range(3), leave=leave):
+        pass
+    print("a warning", file=sys.stderr)
 print("kept")"""
 
 
@@ -165,7 +170,8 @@ def test_failure_then_success(tiny):
     assert tagged_text(executed, "result").strip() == "steps 3 rate 2.0"
     notebook = nbformat.read(executed, as_version=4)
     texts = [output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", [])]
-    assert any("kept" in text for text in texts)
+    assert "".join(texts).count("a warning\n") == 2, "what a cell said beside its progress bars stays"
+    assert any(text == "kept\n" for text in texts)
     assert not any("\r" in text for text in texts)
 
     page = executed.with_suffix(".html").read_text()
