@@ -37,8 +37,8 @@ def check_images(x: Tensor, bounded: bool = True) -> bool:
     return low >= 0 and high <= 1
 
 
-def check_batch(model: nn.Module, x: Tensor, y: Tensor) -> None:
-    """Raise ValueError unless `model` can classify the images `x` and every label in `y` is one of its classes."""
+def check_batch(model: nn.Module, x: Tensor, y: Tensor) -> int:
+    """The number of classes of `model`. ValueError unless it can classify `x` and every label in `y` is one of them."""
     check_images(x)
     if not isinstance(model, nn.Module):
         raise ValueError(f"the model is of type {type(model).__name__}; needed: a torch.nn.Module")
@@ -57,6 +57,7 @@ def check_batch(model: nn.Module, x: Tensor, y: Tensor) -> None:
     low, high = y.min().item(), y.max().item()
     if low < 0 or high >= classes:
         raise ValueError(f"labels span {low} to {high}; this model knows the classes 0 to {classes - 1}")
+    return classes
 
 
 def check_logits(model: nn.Module, x: Tensor, needed: int = 2) -> int:

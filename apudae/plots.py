@@ -131,6 +131,14 @@ def error_paths(rows: pd.DataFrame, title: str, recon_mu: float) -> go.Figure:
     return figure.update_xaxes(title="iteration i").update_layout(title=title)
 
 
+def margin_paths(rows: pd.DataFrame, title: str) -> go.Figure:
+    """Margin against the step of an attack, one colour a surrogate; `rows` has the columns surrogate, step, margin."""
+    figure = px.line(rows, x="step", y="margin", color="surrogate", symbol="surrogate", markers=True)
+    figure.add_hline(y=0, line_dash="dot", annotation_text="misread below", annotation_position="bottom right")
+    figure.update_yaxes(title="mean margin of the defense, in logits").update_xaxes(title="step of the attack")
+    return figure.update_layout(title=title)
+
+
 def error_histograms(rows: pd.DataFrame, title: str, recon_mu: float, mark: str = "μ") -> go.Figure:
     """Histograms of reconstruction error; `rows` has the columns recon_error, images (colour) and stage (panel).
 

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ..contracts import check_known
 from ..datasets import look_up
-from .autoattack import apgd, autoattack, square
+from .autoattack import apgd, autoattack, fab, square
 from .budgets import parse_spec, spec_of
 from .common import project
-from .counter_attack import ClassifierWithReconstructionError, counter_attack_b
+from .counter_attack import ClassifierWithReconstructionError, counter_attack_b, joint
 from .gradient_sign import bim, fgsm, pgd, r_fgsm, random
 from .minimum_norm import cw, deepfool
 
@@ -31,7 +31,9 @@ ATTACKS: dict[str, Callable[..., Tensor]] = {
     "autoattack": autoattack,
     "square": square,
     "apgd": apgd,
+    "fab": fab,
     "counter_attack_b": counter_attack_b,
+    "joint": joint,
 }
 
 # paper: parameters of CW and DeepFool not said; here: DeepRobust's, which the paper used, but for CW's learning rate

@@ -1,6 +1,8 @@
-"""AutoAttack, Auto-PGD and Square (Croce and Hein 2020; Andriushchenko et al. 2020), through a library."""
+"""AutoAttack, its Auto-PGD, FAB and Square (Croce and Hein 2020; Andriushchenko et al. 2020), through a library."""
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -9,9 +11,10 @@ from pyautoattack.autopgd_base import APGDAttack
 from torch import Tensor, nn
 
 from ..contracts import as_generator, check_known, check_logits, check_whole, frozen
-from .common import check_attack, project
+from .common import Norm, check_attack, check_start, project
+from .losses import LOSSES
 
-VERSIONS, LOSSES = ("standard", "rand"), ("ce", "dlr")
+VERSIONS = ("standard", "rand")
 
 
 def autoattack(
@@ -45,32 +48,76 @@ def square(
     return _run(model, x, y, epsilon, seed, version="custom", attacks=["square"], queries=queries)
 
 
-def apgd(
+def fab(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
     *,
     epsilon: float,
-    loss: Literal["ce", "dlr"] = "ce",
+    targets: int = 9,
     steps: int = 100,
     seed: int | torch.Generator = 0,
 ) -> Tensor:
-    """Auto-PGD, whose step size halves where the loss stalls (Croce and Hein 2020).
+    """FAB-T: the nearest image of each of the `targets` likeliest wrong classes (Croce and Hein 2020)."""
+    check_whole(1, targets=targets, steps=steps)
+    return _run(model, x, y, epsilon, seed, version="custom", attacks=["fab-t"], targets=targets, steps=steps)
 
-    `loss`: the cross-entropy, or the difference-of-logits ratio, which does not vanish where a classifier is sure.
-    Images that it cannot fool come back unchanged.
+
+class _AutoPGD(APGDAttack):
+    """The library's, on any loss (n,) of logits and labels."""
+
+    def __init__(self, model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], **options: Any) -> None:
+        super().__init__(model, loss="dlr", **options)
+        self.dlr_loss = loss
+
+
+def apgd(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    start: Tensor | None = None,
+    *,
+    epsilon: float,
+    loss: str = "ce",
+    steps: int = 100,
+    restarts: int = 1,
+    target: Tensor | None = None,
+    norm: Norm = "linf",
+    seed: int | torch.Generator = 0,
+) -> Tensor:
+    """Auto-PGD: momentum, and a step size that halves where the loss stalls (Croce and Hein 2020).
+
+    `loss` is one of `losses.LOSSES`, towards the class `target` (n,) if that is given; `norm` "l2" makes `epsilon` a
+    length. The first run begins at `start`, if given; an image leaves the work once a run has fooled the model. The
+    others come back where their loss was highest.
     """
-    x = check_attack(model, x, y, epsilon=epsilon, steps=steps)
-    check_known("loss", loss, LOSSES)
-    check_logits(model, x[:1], needed=3 if loss == "dlr" else 2)  # of the difference-of-logits ratio
-    number = _as_integer(seed)
+    x = check_attack(model, x, y, epsilon=epsilon, steps=steps, loss=loss, target=target, norm=norm)
+    check_whole(1, restarts=restarts)
+    begin, number = None if start is None else check_start(start, x, epsilon, norm), _as_integer(seed)
     if epsilon == 0:
         return x.clone()
-    options = {"n_iter": steps, "loss": loss, "seed": number, "device": x.device, "logger": logging.getLogger("apgd")}
+    options = {"eps": epsilon, "n_iter": int(steps), "norm": {"linf": "Linf", "l2": "L2"}[norm], "device": x.device}
+    options["logger"] = logging.getLogger("apgd")
     options["logger"].setLevel(logging.ERROR)  # of zero gradients: the suite has attacks for these
+    best, highest = x.clone(), torch.full_like(x[:, 0, 0, 0], -torch.inf)
     with frozen(model), torch.random.fork_rng():
-        found = APGDAttack(model, eps=epsilon, **options).perturb(x, y)
-    return project(found.detach(), x, epsilon)
+        torch.manual_seed(number)
+        with torch.no_grad():
+            todo = torch.nonzero(model(x).argmax(1) == y).flatten()
+        for run in range(restarts):
+            if len(todo) == 0:
+                break
+            goal = None if target is None else target[todo]
+            attack = _AutoPGD(model, partial(LOSSES[loss], target=goal), **options)
+            attack.init_hyperparam(x)
+            first = begin[todo] if begin is not None and run == 0 else None
+            reached, right, losses, fooling = attack.attack_single_run(x[todo], y[todo], x_init=first)
+            losses = losses.masked_fill(~right, torch.inf)
+            reached[~right] = fooling[~right]
+            better = losses > highest[todo]
+            best[todo[better]], highest[todo[better]] = reached[better], losses[better]
+            todo = todo[right]
+    return project(best.detach(), x, epsilon, norm)
 
 
 def _run(
@@ -80,6 +127,8 @@ def _run(
     epsilon: float,
     seed: int | torch.Generator,
     queries: int = 5000,
+    targets: int = 9,
+    steps: int = 100,
     **choice: Any,
 ) -> Tensor:
     x = check_attack(model, x, y, epsilon=epsilon)
@@ -91,7 +140,8 @@ def _run(
         attack = AutoAttack(model, eps=epsilon, seed=number, device=x.device, **choice)
         attack.logger.setLevel(logging.ERROR)  # its warnings of random and of dynamic defenses: the ladder is for these
         attack.square.n_queries = queries
-        attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = min(9, classes - 1)
+        attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = min(targets, classes - 1)
+        attack.fab.n_iter = steps
         adversarial, _ = attack.run_standard_evaluation(x, y, batch_size=len(x))
     return project(adversarial, x, epsilon)
 

@@ -2,11 +2,15 @@
 
 import math
 import warnings
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from ..contracts import as_generator, check_at_least, check_batch, check_whole
+from ..contracts import as_generator, check_at_least, check_batch, check_images, check_known, check_whole
+from .losses import check_loss
+
+Norm = Literal["linf", "l2"]
 
 
 def check_attack(
@@ -17,14 +21,18 @@ def check_attack(
     epsilon: float,
     steps: int | None = None,
     unclipped: bool = False,
+    loss: str = "ce",
+    target: Tensor | None = None,
+    norm: str = "linf",
     **positive: float,
 ) -> Tensor:
     """The images, detached, once all arguments of an attack are found sound."""
+    check_known("norm", norm, get_args(Norm))
     if not (unclipped and epsilon == math.inf):
         check_at_least(0, epsilon=epsilon)
-        if epsilon > 1:
+        if epsilon > 1 and norm == "linf":
             raise ValueError(f"epsilon is {epsilon:g}; needed: at most 1, in [0, 1] pixels (8/255 = 0.0314)")
-    check_batch(model, x, y)
+    check_loss(loss, check_batch(model, x, y), y, target)
     if steps is not None:
         check_whole(1, steps=steps)
     for name, value in positive.items():
@@ -34,9 +42,27 @@ def check_attack(
     return x.detach()
 
 
-def project(moved: Tensor, x: Tensor, epsilon: float) -> Tensor:
+def check_start(start: Tensor | None, x: Tensor, epsilon: float, norm: str = "linf") -> Tensor:
+    """Where an attack begins: at `x`, or at the images `start`, which another attack has found."""
+    if start is None:
+        return x
+    check_images(start)
+    if start.shape != x.shape:
+        raise ValueError(f"start has shape {tuple(start.shape)}, the images {tuple(x.shape)}; needed: the same")
+    return project(start.detach(), x, epsilon, norm)
+
+
+def project(moved: Tensor, x: Tensor, epsilon: float, norm: str = "linf") -> Tensor:
     """`moved` clipped to the ε-ball around `x` and to [0, 1]: Π of Eq. 7, clip of Eq. 8."""
-    return torch.clamp(moved, x - epsilon, x + epsilon).clamp(0, 1)
+    if norm == "linf":
+        return torch.clamp(moved, x - epsilon, x + epsilon).clamp(0, 1)
+    away = moved - x
+    return (x + away * (epsilon / lengths(away)).clamp_max(1)).clamp(0, 1)  # x is in [0, 1]: that only shortens
+
+
+def lengths(x: Tensor) -> Tensor:
+    """The L2 norm of each image (n, 1, 1, 1), never quite 0."""
+    return x.square().sum((1, 2, 3), keepdim=True).sqrt().clamp_min(torch.finfo(x.dtype).tiny)
 
 
 def default_steps(epsilon: float, step_size: float, steps: int | None) -> int:
@@ -46,9 +72,14 @@ def default_steps(epsilon: float, step_size: float, steps: int | None) -> int:
     return int(2 * epsilon / step_size + 2 + 1e-9) if steps is None else int(steps)
 
 
-def uniform(x: Tensor, epsilon: float, seed: int | torch.Generator) -> Tensor:
-    """U[−epsilon, epsilon] in the shape of `x`."""
-    return ((2 * torch.rand(x.shape, generator=as_generator(seed)) - 1) * epsilon).to(x)
+def uniform(x: Tensor, epsilon: float, seed: int | torch.Generator, norm: str = "linf") -> Tensor:
+    """Uniform in the ε-ball, in the shape of `x`."""
+    generator = as_generator(seed)
+    if norm == "linf":
+        return ((2 * torch.rand(x.shape, generator=generator) - 1) * epsilon).to(x)
+    direction = torch.randn(x.shape, generator=generator)
+    radius = torch.rand(len(x), 1, 1, 1, generator=generator) ** (1 / x[0].numel())
+    return (epsilon * radius * direction / lengths(direction)).to(x)
 
 
 def normal_sign(x: Tensor, seed: int | torch.Generator) -> Tensor:

@@ -20,26 +20,29 @@ def cw(
     initial_c: float = 1e-2,
     search_steps: int = 5,
     learning_rate: float = 5e-3,
+    target: Tensor | None = None,
 ) -> Tensor:
     """Carlini and Wagner's L2 attack (2017), clipped to the ε-ball at the end (Eq. 8); unclipped at `epsilon=math.inf`.
 
     Minimises ‖δ‖² + c·max(z_y − max z_other + confidence, 0) with Adam over w, x_adv = (tanh w + 1) / 2, and finds the
     smallest c for each image by `search_steps` of bisection. An image leaves the work when its loss has not fallen for
-    a tenth of `steps`. Images that are already misclassified, or that it cannot fool, come back unchanged.
+    a tenth of `steps`. Images that are already misclassified, or that it cannot fool, come back unchanged. With
+    `target` (n,), to fool is to be taken for that class.
     """
     # paper: DeepRobust's parameters; here: its MNIST learning rate 5e-3, because its general 1e-5 does not move
     sizes = {"learning_rate": learning_rate, "initial_c": initial_c}
-    x = check_attack(model, x, y, epsilon=epsilon, steps=steps, unclipped=True, **sizes)
+    x = check_attack(model, x, y, epsilon=epsilon, steps=steps, unclipped=True, target=target, **sizes)
     check_whole(1, search_steps=search_steps)
     check_at_least(0, confidence=confidence)
     low, high = torch.zeros_like(x[:, 0, 0, 0]), torch.full_like(x[:, 0, 0, 0], torch.inf)
     c, best, shortest = torch.full_like(low, initial_c), x.clone(), torch.full_like(low, torch.inf)
     with frozen(model):
-        todo = torch.nonzero(model(x).argmax(1) == y).flatten()
+        todo = torch.nonzero(_above(model(x), y, target) >= 0).flatten()
         for _ in range(search_steps):
             if epsilon == 0 or len(todo) == 0:
                 break
-            found, length = _cw_descend(model, x[todo], y[todo], c[todo], confidence, steps, learning_rate)
+            goal = None if target is None else target[todo]
+            found, length = _cw_descend(model, x[todo], y[todo], goal, c[todo], confidence, steps, learning_rate)
             shorter = length < shortest[todo]
             best[todo[shorter]], shortest[todo[shorter]] = found[shorter], length[shorter]
             fooled = length.isfinite()
@@ -57,31 +60,46 @@ def deepfool(
     steps: int = 50,
     overshoot: float = 0.02,
     classes: int = 10,
+    target: Tensor | None = None,
 ) -> Tensor:
     """DeepFool in L2 (Moosavi-Dezfooli et al. 2016), clipped to the ε-ball at the end; unclipped at `epsilon=math.inf`.
 
     Each step goes to the nearest of the linearised borders to the `classes` likeliest labels, and `overshoot` times
-    further in the end. An image leaves the work as soon as its label changes.
+    further in the end. An image leaves the work as soon as its label changes; with `target` (n,), whose border is then
+    the only one, as soon as that is its label.
     """
-    x = check_attack(model, x, y, epsilon=epsilon, steps=steps, unclipped=True)
+    x = check_attack(model, x, y, epsilon=epsilon, steps=steps, unclipped=True, target=target)
     check_at_least(0, overshoot=overshoot)
     check_whole(2, classes=classes)
     reached, total = x.clone(), torch.zeros_like(x)
     with frozen(model):
         logits = model(x)
-        todo = torch.nonzero(logits.argmax(1) == y).flatten()
-        rivals = logits.argsort(1, descending=True)[:, 1:classes]
+        todo = torch.nonzero(_above(logits, y, target) >= 0).flatten()
+        rivals = logits.argsort(1, descending=True)[:, 1:classes] if target is None else target[:, None]
         for _ in tqdm(range(steps), desc="deepfool", delay=2, leave=False):
             if epsilon == 0 or len(todo) == 0:
                 break
             total[todo] += _to_nearest_border(model, reached[todo], y[todo], rivals[todo])
             reached[todo] = (x[todo] + (1 + overshoot) * total[todo]).clamp(0, 1)
-            todo = todo[model(reached[todo]).argmax(1) == y[todo]]
+            goal = None if target is None else target[todo]
+            todo = todo[_above(model(reached[todo]), y[todo], goal) >= 0]
     return project(reached, x, epsilon)
 
 
+def _above(logits: Tensor, y: Tensor, target: Tensor | None) -> Tensor:
+    """How far each image (n,) is from being fooled: negative where it is."""
+    return margin(logits, y) if target is None else -margin(logits, target)
+
+
 def _cw_descend(
-    model: nn.Module, x: Tensor, y: Tensor, c: Tensor, confidence: float, steps: int, learning_rate: float
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    target: Tensor | None,
+    c: Tensor,
+    confidence: float,
+    steps: int,
+    learning_rate: float,
 ) -> tuple[Tensor, Tensor]:
     """One run of CW's inner optimisation: the nearest images found that fool, and their L2² (inf where none does)."""
     best, shortest = x.clone(), torch.full_like(c, torch.inf)
@@ -94,7 +112,7 @@ def _cw_descend(
             w = w.detach().requires_grad_()
             image = (torch.tanh(w) + 1) / 2
             length = (image - x[active]).square().flatten(1).sum(1)
-            above = margin(model(image), y[active])
+            above = _above(model(image), y[active], None if target is None else target[active])
             loss = length + c[active] * (above + confidence).clamp_min(0)
             total = loss.sum()
         require_gradient(above)

@@ -3,7 +3,6 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,9 @@ def run_attack(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
-    *start: Tensor,
+    *,
+    start: Tensor | None = None,
+    target: Tensor | None = None,
     seed: int = 0,
     batch_size: int = 256,
     keep: Path | None = None,
@@ -33,8 +34,8 @@ def run_attack(
 ) -> Tensor:
     """The attack `name` of `apudae.attacks.ATTACKS` ("clean": none) in batches, with `parameters`.
 
-    `start`, if given, is the images that BIM starts from. Attacks with randomness take it from one generator for all
-    batches, others do without the `seed`.
+    `start` is the images that it starts from, `target` the classes that it moves to, for attacks that take these.
+    Attacks with randomness take it from one generator for all batches, others do without the `seed`.
     With the folder `keep`, each batch is kept there as it is done, and reused when the same model, attack, parameters
     and images come again: a killed run loses one batch at most.
     """
@@ -43,10 +44,14 @@ def run_attack(
     check_known("attack", name, ["clean", *ATTACKS])
     generator = as_generator(seed) if "seed" in inspect.signature(ATTACKS[name]).parameters else None
     noise = {} if generator is None else {"seed": generator}
-    attack = partial(ATTACKS[name], model, **noise, **parameters)
+    further = {key: value for key, value in {"start": start, "target": target}.items() if value is not None}
+
+    def attack(x: Tensor, y: Tensor, *more: Tensor) -> Tensor:
+        return ATTACKS[name](model, x, y, **dict(zip(further, more, strict=True)), **noise, **parameters)
+
     if keep is not None:
-        attack = _resumable(attack, keep, name, generator, fingerprint(name, parameters, model))
-    return in_batches(attack, x, y, *start, batch_size=batch_size, name=name, generator=generator)
+        attack = _resumable(attack, keep, name, generator, fingerprint(name, parameters, [*further], model))
+    return in_batches(attack, x, y, *further.values(), batch_size=batch_size, name=name, generator=generator)
 
 
 def _resumable(

@@ -32,7 +32,10 @@ MAYBE = [
     "step_size",
     "runs",
     "mean",
+    "mean_low",
+    "mean_high",
     "std",
+    "voted",
     "worst_of_runs",
 ]  # empty where there is none
 

@@ -130,6 +130,8 @@ class Purifier(nn.Module):
                 lines.append(self._line(x, active, errors, sizes * (slopes != 0), lines))
             moves = slopes != 0
             moving = active[moves]
+            if exact and config.loss != "dist":
+                sizes = sizes * self._gates(errors)
             gradients = per_image(slopes[moves]) * gradients[moves]
             step = per_image(sizes[moves]) * self._direction(gradients, moving, moments, exact=exact)
             # paper: never clips; here: images stay images
@@ -171,6 +173,11 @@ class Purifier(nn.Module):
             return torch.full_like(errors, self.config.step_size)
         deviations = (errors - self.dae.recon_mu) / self.dae.recon_sigma
         return self.config.step_size * (1 - torch.exp(-deviations.square()))
+
+    def _gates(self, errors: Tensor) -> Tensor:
+        """1 for each image; on the way back |tanh((dist − μ)/σ)|: an attacker sees that an image near μ soon rests."""
+        deviations = (errors - self.dae.recon_mu) / self.dae.recon_sigma
+        return StraightThrough.apply(deviations.tanh().abs(), torch.ones_like(errors))
 
     def _direction(self, gradients: Tensor, moving: Tensor, moments: Moments | None, *, exact: bool) -> Tensor:
         """w_i, scaled so that a step moves a pixel by about α (but for the "gradient" of Eq. 2 itself)."""
