@@ -14,12 +14,40 @@ The contracts, stated once:
 - Wrong input raises ValueError: what was given, what is needed and, for a name, what there is.
 """
 
-from . import compat  # noqa: F401, I001  first: torchvision can be imported after it
-from . import attacks
-from .checkpoints import load_model
-from .datasets import load_dataset
-from .models import recon_error
-from .purification import PRESETS, Purifier, PurifyConfig, purify, trajectory
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import attacks
+    from .checkpoints import load_model
+    from .datasets import load_dataset
+    from .models import recon_error
+    from .purification import PRESETS, Purifier, PurifyConfig, purify, trajectory
+
+# name to its module, which is imported when it is asked for: torch takes seconds, `apudae --help` none
+_HOMES = {
+    "PRESETS": "purification",
+    "Purifier": "purification",
+    "PurifyConfig": "purification",
+    "load_dataset": "datasets",
+    "load_model": "checkpoints",
+    "purify": "purification",
+    "recon_error": "models",
+    "trajectory": "purification",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "attacks":
+        return import_module(".attacks", __name__)
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; there is: {', '.join(__all__)}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]
+
 
 __all__ = [
     "PRESETS",

@@ -1,6 +1,7 @@
 """The one place that cuts a batch: into parts that fit, and into halves where one does not fit into memory."""
 
 import math
+import re
 import warnings
 from collections.abc import Callable
 
@@ -10,6 +11,10 @@ from tqdm import tqdm
 
 # numbers in a part at most: images of 224×224 one by one on a CPU and 111 on CUDA, of 32×32 85 and 5461
 MEMORY = {"cpu": 2**18, "cuda": 2**24}
+# what runs out of memory says, beside torch.OutOfMemoryError: the CPU's allocator, Apple's, cuBLAS, cuDNN
+SHORT = re.compile(
+    r"allocate memory|not enough memory|out of memory|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED"
+)
 CACHE = {"cpu": 2**16, "cuda": 2**24}  # what the CPU's caches like where a part is read again and again
 
 
@@ -46,7 +51,7 @@ def _in_halves(function: Callable[..., Tensor], *tensors: Tensor, generator: tor
     try:
         return function(*tensors)
     except RuntimeError as error:  # the CPU's has no class of its own
-        short = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+        short = isinstance(error, torch.OutOfMemoryError) or SHORT.search(str(error))
         if not short or size == 1:
             raise
     warnings.warn(f"a batch of {size} images does not fit into memory: trying its halves", stacklevel=4)

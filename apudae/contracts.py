@@ -11,6 +11,9 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from . import compat  # noqa: F401  every module that needs torchvision comes here first
+from .names import check_known  # noqa: F401  with the other checks
+
 LARGEST = torch.finfo(torch.float32).max
 
 
@@ -101,12 +104,6 @@ def check_whole(minimum: int, **values: int) -> None:
             raise ValueError(f"{name} is {value!r}; needed: a whole number of at least {minimum}")
 
 
-def check_known(kind: str, name: str, known: object) -> None:
-    """Raise ValueError, listing what there is, unless `name` is among `known`."""
-    if name not in known:
-        raise ValueError(f"{kind} {name!r} is unknown; there is: {', '.join(map(str, known))}")
-
-
 def imported(module: str, what: str) -> ModuleType:
     """An optional package's `module`, imported. ValueError, which says how to install it, where it is missing."""
     try:
@@ -142,4 +139,4 @@ def as_generator(seed: int | torch.Generator) -> torch.Generator:
             raise ValueError(f"the generator is on {seed.device}; needed: a CPU generator or an integer seed")
         return seed
     check_whole(0, seed=seed)
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator("cpu").manual_seed(seed)

@@ -10,12 +10,10 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+if TYPE_CHECKING:  # torch takes seconds, which a command line that only needs paths need not wait for
+    from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 CHECKPOINTS = ROOT / "data" / "checkpoints"
@@ -64,15 +62,19 @@ def locked(path: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor], settings: Any) -> None:
+def save_tensors(path: Path, tensors: "dict[str, Tensor]", settings: Any) -> None:
     """Write named tensors, with the settings that made them, for a later notebook to read."""
+    from safetensors.torch import save_file
+
     with written_aside(path) as aside:
         tensors = dict(sorted(tensors.items()))
         save_file(tensors, aside, metadata={"settings": json.dumps(settings), "checksum": fingerprint(tensors)})
 
 
-def load_tensors(path: Path, advice: str) -> tuple[dict[str, Tensor], Any]:
+def load_tensors(path: Path, advice: str) -> "tuple[dict[str, Tensor], Any]":
     """What `save_tensors` wrote. ValueError, ending in `advice`, if it is missing or broken."""
+    from safetensors import SafetensorError, safe_open
+
     if not path.is_file():
         raise ValueError(f"{path} is missing; {advice}")
     try:
@@ -98,6 +100,9 @@ def fingerprint(*things: Any) -> str:
 
 
 def _feed(found: Any, thing: Any) -> None:
+    import torch
+    from torch import Tensor, nn
+
     found.update(f"{type(thing).__module__}.{type(thing).__qualname__}:".encode())
     if isinstance(thing, Tensor):
         found.update(f"{thing.dtype}{tuple(thing.shape)}".encode())

@@ -25,7 +25,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 def setup() -> None:
     """Show figures as interactive Plotly and, where a browser can draw it, as PNG too (for GitHub's static view)."""
     if "PLOTLY_RENDERER" not in os.environ:
-        drawable = any(map(shutil.which, BROWSERS)) or "BROWSER_PATH" in os.environ
+        drawable = _drawable()
         pio.renderers.default = "plotly_mimetype+png" if drawable else "plotly_mimetype"
         if not drawable:
             print("No Chromium: figures are interactive only (harmless)", file=sys.stderr)
@@ -37,6 +37,16 @@ def setup() -> None:
     template.layout.update(width=WIDTH, height=420, title_font_size=16)
     pio.templates["apudae"] = template
     pio.templates.default = "apudae"
+
+
+def _drawable() -> bool:
+    """Whether there is a browser that draws: one figure is tried, as a program of that name may be none."""
+    if not (any(map(shutil.which, BROWSERS)) or "BROWSER_PATH" in os.environ):
+        return False
+    try:
+        return bool(go.Figure().to_image("png", width=10, height=10))
+    except Exception:  # whatever the browser's bridge raises: the figures are interactive then
+        return False
 
 
 def image_strip(columns: dict[str, Tensor], captions: dict[str, list[str]], title: str) -> go.Figure:

@@ -12,17 +12,22 @@ import warnings
 from dataclasses import replace
 
 import hypothesis.strategies as st
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from conftest import LinearDAE, images, linear_classifier, set_gradients, snapshot, tiny_dae
 from hypothesis import given, settings
+from nbformat.v4 import new_code_cell, new_notebook
 from PIL import Image
 from torch import nn
 
 import apudae
 from apudae import PRESETS, Purifier, PurifyConfig, attacks, files
+from apudae.batch import notebooks, parameters
+from apudae.batching import in_batches
+from apudae.datasets import hold_out
 from apudae.evaluation.accuracy import Accuracy, accuracy, predict
 from apudae.evaluation.grid import run_attack
 from apudae.evaluation.ladder import WorstCase, ladder
@@ -80,11 +85,11 @@ def test_logits_that_are_no_numbers_are_never_right_and_are_named(value):
 
 
 def test_a_worst_case_refuses_images_and_margins_that_are_no_numbers():
-    worst, todo = WorstCase(X, 1), torch.arange(6)
+    worst, todo = WorstCase(X, 1, 1), torch.arange(6)
     with pytest.raises(ValueError, match="logits are not finite"):
-        worst.update(todo, X, torch.full((6, 1), math.nan), 0, 0.1)
+        worst.update(todo, X, torch.full((6, 1), math.nan), 0.1)
     with pytest.raises(ValueError, match="an attack moved a pixel by nan"):
-        worst.update(todo, X * math.nan, torch.zeros(6, 1), 0, 0.1)
+        worst.update(todo, X * math.nan, torch.zeros(6, 1), 0.1)
     with pytest.raises(ValueError, match="logits are not finite"):
         ladder(Constant(math.nan), None, None, X, Y, [], **FACTS)
 
@@ -572,3 +577,87 @@ def test_models_with_gradients_of_their_own_keep_them():
     assert json.loads(row(3)["attack_parameters"]) == {"epsilon": 0.1}
     assert isinstance(read_results, type(record))
     assert pd.DataFrame([row(3)]).epsilon.tolist() == [0.1]
+
+
+# --- where it runs ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["direct", "F", "G"])
+def test_the_default_device_of_torch_changes_nothing(name):
+    """Random numbers are the CPU's, wherever torch puts new tensors ("meta" holds none, as no GPU is here)."""
+    dae, x = tiny_dae(), images(3, 1, 8, 8)
+    config = replace(PRESETS[name], steps=2, noise_std=0.1)
+    model, y = linear_classifier(64, 3), torch.tensor([0, 1, 2])
+    dae.recon_mu, dae.recon_sigma = torch.tensor(0.1), torch.tensor(0.1)
+
+    def made():
+        attacked = [attacks.pgd(model, x, y, epsilon=0.1, norm=norm, step_size=0.05) for norm in ("linf", "l2")]
+        return [apudae.purify(dae, x, config, seed=3), *attacked, attacks.r_fgsm(model, x, y, epsilon=0.1)]
+
+    expected = made()
+    torch.set_default_device("meta")
+    try:
+        found = made()
+    finally:
+        torch.set_default_device(None)
+    for one, other in zip(expected, found, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory",
+        "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "MPS backend out of memory (MPS allocated: 9 GB)",
+    ],
+)
+def test_every_text_of_too_little_memory_halves_the_batch(text):
+    def cramped(x):
+        if len(x) > 1:
+            raise RuntimeError(text)
+        return x
+
+    with pytest.warns(UserWarning, match="does not fit into memory"):
+        assert torch.equal(in_batches(cramped, X), X)
+
+
+@pytest.mark.slow
+def test_a_foreign_kernel_does_not_take_the_place_of_this_interpreter(tmp_path, monkeypatch):
+    """A kernelspec "python3" elsewhere, as another user's JUPYTER_PATH has it, would run anything."""
+    spec = tmp_path / "jupyter" / "kernels" / "python3"
+    spec.mkdir(parents=True)
+    (spec / "kernel.json").write_text(json.dumps({"argv": ["/bin/false"], "display_name": "x", "language": "python"}))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    notebook = new_notebook(
+        cells=[new_code_cell("import sys; sys.executable"), new_code_cell('n: int = 1\nrun: str = "it"')]
+    )
+    notebook.cells[1].metadata["tags"] = ["parameters"]
+    nbformat.write(notebook, tmp_path / "01_it.ipynb")
+    for module in (parameters, notebooks):
+        monkeypatch.setattr(module, "NOTEBOOKS", tmp_path)
+    executed = notebooks.run_notebook("01_it", {}, tmp_path / "out" / "01_it.ipynb")
+    outputs = nbformat.read(executed, as_version=4).cells[0].outputs
+    assert outputs[0].data["text/plain"].strip("'") == sys.executable
+
+
+@pytest.mark.slow
+def test_a_browser_that_is_only_a_stub_leaves_figures_interactive(tmp_path):
+    stub = tmp_path / "chromium"
+    stub.write_text("#!/bin/sh\nexit 1\n")
+    stub.chmod(0o755)
+    code = "import plotly.io as pio; from apudae import plots; plots.setup(); print(pio.renderers.default)"
+    given = {key: value for key, value in os.environ.items() if key != "PLOTLY_RENDERER"}
+    given |= {"BROWSER_PATH": str(stub), "PATH": f"{tmp_path}:/usr/bin:/bin"}
+    ended = subprocess.run([sys.executable, "-c", code], env=given, capture_output=True, text=True, timeout=120)
+    assert ended.stdout.split() == ["plotly_mimetype"], ended.stderr
+    assert "figures are interactive only" in ended.stderr
+
+
+@pytest.mark.parametrize("n", [5, 40, 119, 120, 300])
+def test_a_few_images_are_enough_to_calibrate_on(n):
+    fit, held_out = hold_out(range(n))
+    assert len(held_out) == max(4, n // 30)
+    assert len(fit) + len(held_out) == n

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "apudae"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # from the ground up; a module may import from its own line and from those above it
 LAYERS = [
-    ["contracts", "compat"],
+    ["names", "contracts", "compat"],
     ["files", "batching", "autograd", "plots"],
     ["datasets", "models"],
     ["attacks", "purification"],

@@ -96,9 +96,9 @@ def apgd(
     begin, number = None if start is None else check_start(start, x, epsilon, norm), _as_integer(seed)
     if epsilon == 0:
         return x.clone()
+    logger = logging.getLogger("apgd")
+    logger.setLevel(logging.ERROR)  # of zero gradients: the suite has attacks for these
     options = {"eps": epsilon, "n_iter": int(steps), "norm": {"linf": "Linf", "l2": "L2"}[norm], "device": x.device}
-    options["logger"] = logging.getLogger("apgd")
-    options["logger"].setLevel(logging.ERROR)  # of zero gradients: the suite has attacks for these
     best, highest = x.clone(), torch.full_like(x[:, 0, 0, 0], -torch.inf)
     with frozen(model), torch.random.fork_rng():
         torch.manual_seed(number)
@@ -108,7 +108,7 @@ def apgd(
             if len(todo) == 0:
                 break
             goal = None if target is None else target[todo]
-            attack = _AutoPGD(model, partial(LOSSES[loss], target=goal), **options)
+            attack = _AutoPGD(model, partial(LOSSES[loss], target=goal), logger=logger, **options)
             attack.init_hyperparam(x)
             first = begin[todo] if begin is not None and run == 0 else None
             reached, right, losses, fooling = attack.attack_single_run(x[todo], y[todo], x_init=first)
@@ -147,4 +147,4 @@ def _run(
 
 
 def _as_integer(seed: int | torch.Generator) -> int:
-    return int(torch.randint(2**31, (1,), generator=as_generator(seed)))
+    return int(torch.randint(2**31, (1,), generator=as_generator(seed), device="cpu"))

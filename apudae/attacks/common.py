@@ -76,15 +76,15 @@ def uniform(x: Tensor, epsilon: float, seed: int | torch.Generator, norm: str = 
     """Uniform in the ε-ball, in the shape of `x`."""
     generator = as_generator(seed)
     if norm == "linf":
-        return ((2 * torch.rand(x.shape, generator=generator) - 1) * epsilon).to(x)
-    direction = torch.randn(x.shape, generator=generator)
-    radius = torch.rand(len(x), 1, 1, 1, generator=generator) ** (1 / x[0].numel())
+        return ((2 * torch.rand(x.shape, generator=generator, device="cpu") - 1) * epsilon).to(x)
+    direction = torch.randn(x.shape, generator=generator, device="cpu")
+    radius = torch.rand(len(x), 1, 1, 1, generator=generator, device="cpu") ** (1 / x[0].numel())
     return (epsilon * radius * direction / lengths(direction)).to(x)
 
 
 def normal_sign(x: Tensor, seed: int | torch.Generator) -> Tensor:
     """The sign of N(0, 1) noise in the shape of `x`."""
-    return (torch.rand(x.shape, generator=as_generator(seed)) - 0.5).sign().to(x)
+    return (torch.rand(x.shape, generator=as_generator(seed), device="cpu") - 0.5).sign().to(x)
 
 
 def gradient_of(loss: Tensor, x: Tensor, *, retain_graph: bool = False) -> Tensor:

@@ -86,8 +86,9 @@ def pgd(
 
     With `norm` "l2", `epsilon` and `step_size` are lengths, and a step goes along the gradient itself.
     """
-    chosen = {"loss": loss, "target": target, "norm": norm}
-    x = check_attack(model, x, y, epsilon=epsilon, step_size=step_size, steps=steps, **chosen)
+    x = check_attack(
+        model, x, y, epsilon=epsilon, step_size=step_size, steps=steps, loss=loss, target=target, norm=norm
+    )
     check_whole(1, restarts=restarts)
     generator = as_generator(seed)
     steps = default_steps(epsilon, step_size, steps)
@@ -95,7 +96,7 @@ def pgd(
     with frozen(model):
         for _ in range(restarts):
             start = (x + uniform(x, epsilon, generator, norm)).clamp(0, 1)
-            reached = iterate(model, x, y, start, epsilon, step_size, steps, **chosen)
+            reached = iterate(model, x, y, start, epsilon, step_size, steps, loss, target, norm)
             with torch.no_grad():
                 losses = LOSSES[loss](model(reached), y, target)
             better = losses > highest

@@ -144,7 +144,7 @@ class DefenseGAN(nn.Module):
         check_known("backward", backward, get_args(Backward))
         self.gan, self.config, self.backward = gan, config or ProjectionConfig(), backward
         # original: other latents for each image; here: the same for all, so that a result depends on the image alone
-        noise = torch.randn(self.config.restarts, gan.latent, generator=as_generator(seed))
+        noise = torch.randn(self.config.restarts, gan.latent, generator=as_generator(seed), device="cpu")
         # original: latents of variance 1 in training, 1/128 here; kept: the search starts near the mean image
         self.register_buffer("starts", noise / math.sqrt(gan.latent), persistent=False)
 

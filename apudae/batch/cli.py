@@ -6,12 +6,12 @@ import textwrap
 from pathlib import Path
 
 import click
-import nbformat
 
 from ..files import RESULTS
-from .notebooks import NotebookError, question, run_notebook, tagged_text
-from .parameters import NOTEBOOKS, declared_parameters, notebook_names, read_mapping
-from .report import write_report
+from . import NotebookError
+from .parameters import NOTEBOOKS, check_parameters, declared_parameters, notebook_names, question, read_mapping
+
+# what a command needs beside these is imported in it: papermill, nbconvert and torch take seconds
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -25,8 +25,12 @@ def cli() -> None:
 @click.option("-f", "file", type=click.Path(dir_okay=False, path_type=Path), help="Set parameters from a YAML file.")
 def run(notebook: str, pairs: tuple[tuple[str, str], ...], file: Path | None) -> None:
     """Execute NOTEBOOK (its name, such as 00_quickstart) into data/runs/."""
-    given = read_mapping(file) if file else {}
-    target = run_notebook(Path(notebook).stem, given | dict(pairs))
+    name, given = Path(notebook).stem, (read_mapping(file) if file else {}) | dict(pairs)
+    check_parameters(name, given)  # a wrong one is told before anything is loaded
+
+    from .notebooks import run_notebook, tagged_text
+
+    target = run_notebook(name, given)
     if table := tagged_text(target, "result"):
         click.echo(f"\n{table}\n")
     click.echo(f"executed notebook  {os.path.relpath(target)}")
@@ -39,7 +43,7 @@ def run(notebook: str, pairs: tuple[tuple[str, str], ...], file: Path | None) ->
 @click.option("--dry-run", is_flag=True, help="Say what would run, and stop.")
 def sweep(config: Path, profile: str, dry_run: bool) -> None:
     """Run the graph of notebooks of the sweep file CONFIG (workflow/config/mnist.yaml), as far as it is not done."""
-    from .snakemake import run_sweep  # here, as it takes a second, which the other commands need not wait for
+    from .snakemake import run_sweep
 
     run_sweep(config, profile, dry_run)
 
@@ -48,6 +52,8 @@ def sweep(config: Path, profile: str, dry_run: bool) -> None:
 @click.option("--results", type=click.Path(path_type=Path), default=RESULTS / "mnist.csv", help="CSV file of the rows.")
 def report(results: Path) -> None:
     """Collect result tables and executed notebooks into a folder of HTML pages that open without a network."""
+    from .report import write_report
+
     click.echo(f"open in a browser  {os.path.relpath(write_report(results))}")
 
 
@@ -56,7 +62,7 @@ def notebooks() -> None:
     """List the notebooks with their question and parameters."""
     for name in notebook_names():
         click.secho(name, bold=True)
-        asked = question(nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4))
+        asked = question(NOTEBOOKS / f"{name}.ipynb")
         click.echo(textwrap.fill(asked, 100, initial_indent="  ", subsequent_indent="  "))
         for key, (default, comment) in declared_parameters(name).items():
             click.echo(f"    {key} = {default!r}  {comment}")

@@ -11,24 +11,25 @@ import nbformat
 import papermill
 import torch
 from jupyter_client import AsyncKernelManager
+from jupyter_client.kernelspec import KernelSpecManager
 from nbclient.exceptions import DeadKernelError
 from traitlets.config import Config
 
 from ..files import data_root, provenance, run_folder, written_aside
+from . import NotebookError
 from .html import page
 from .parameters import NOTEBOOKS, check_parameters, declared_parameters
 
 BAR = re.compile(r"\d+%\|.*\|")  # the last state of one, which it leaves behind
 
 
-class NotebookError(RuntimeError):
-    """A cell of a notebook failed."""
-
-
 def _kernel_manager(environment: dict[str, str]) -> type[AsyncKernelManager]:
-    """A manager whose kernels have `environment` beside this process's own."""
+    """A manager whose kernels are this interpreter, whatever JUPYTER_PATH offers, with `environment` beside its own."""
 
     class Manager(AsyncKernelManager):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(kernel_spec_manager=KernelSpecManager(kernel_dirs=[]), **options)
+
         async def start_kernel(self, **options: Any) -> None:
             await super().start_kernel(env=os.environ | environment, **options)
 
@@ -95,12 +96,6 @@ def without_progress(path: Path) -> None:
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if output not in streams or output.text.strip()]
     nbformat.write(notebook, path)
-
-
-def question(notebook: nbformat.NotebookNode) -> str:
-    """The question that a notebook's first cell asks."""
-    lines = notebook.cells[0].source.splitlines()
-    return next((line for line in lines if line.startswith("**Question.**")), "").removeprefix("**Question.** ")
 
 
 def tagged_text(path: Path, tag: str) -> str:

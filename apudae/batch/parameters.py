@@ -2,6 +2,7 @@
 
 import ast
 import io
+import json
 import math
 import re
 import tokenize
@@ -10,11 +11,10 @@ import typing
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import yaml
 
-from ..contracts import check_known
 from ..files import ROOT, run_folder
+from ..names import check_known
 
 NOTEBOOKS = ROOT / "notebooks"
 TYPES = {kind.__name__: kind for kind in (int, float, bool, str, list, dict)} | {"None": type(None)}
@@ -26,14 +26,25 @@ def notebook_names() -> list[str]:
     return sorted(path.stem for path in NOTEBOOKS.glob("[0-9]*.ipynb"))
 
 
+def sources(path: Path) -> list[tuple[list[str], str]]:
+    """The tags and the source of each cell of a notebook file (read as JSON: nbformat takes a second to import)."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return [(cell["metadata"].get("tags", []), "".join(cell["source"])) for cell in cells]
+
+
 def parameters_source(name: str) -> str:
     """The source of a notebook's cell tagged "parameters". ValueError for an unknown notebook, or one without."""
     check_known("notebook", name, notebook_names())
-    cells = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4).cells
-    for cell in cells:
-        if "parameters" in cell.metadata.get("tags", []):
-            return cell.source
+    for tags, source in sources(NOTEBOOKS / f"{name}.ipynb"):
+        if "parameters" in tags:
+            return source
     raise ValueError(f"{name} has no cell tagged 'parameters'")
+
+
+def question(path: Path) -> str:
+    """The question that a notebook's first cell asks."""
+    lines = sources(path)[0][1].splitlines()
+    return next((line for line in lines if line.startswith("**Question.**")), "").removeprefix("**Question.** ")
 
 
 def declared_parameters(name: str) -> dict[str, tuple[Any, str]]:

@@ -14,8 +14,8 @@ from plotly.offline import get_plotlyjs
 
 from ..files import ROOT, RUNS, provenance
 from .html import TEXT_ALONE, page
-from .notebooks import question, run_notebook
-from .parameters import NOTEBOOKS
+from .notebooks import run_notebook
+from .parameters import NOTEBOOKS, question
 
 
 def write_report(results: Path) -> Path:
@@ -34,7 +34,7 @@ def write_report(results: Path) -> Path:
         for path in executed or sorted(NOTEBOOKS.glob("*.ipynb")):
             notebook = nbformat.read(path, as_version=4)
             (aside / f"{path.stem}.html").write_text(page(notebook, library="directory"), encoding="utf-8")
-            links.append(f"- [{escape(path.stem)}]({quote(path.stem)}.html) {escape(question(notebook))}")
+            links.append(f"- [{escape(path.stem)}]({quote(path.stem)}.html) {escape(question(path))}")
         copies = [Path(shutil.copy(path, aside)).name for path in sorted(results.parent.glob("[!.]*.csv"))]
         links += ["", "Rows: " + ", ".join(f"[{escape(name)}]({quote(name)})" for name in copies)]
         notebook = nbformat.read(tables, as_version=4)

@@ -22,7 +22,7 @@ import torch
 from ..contracts import check_known
 from ..files import RUNS, written_aside
 from ..training.distributed import die_with_parent
-from .notebooks import NotebookError
+from . import NotebookError
 from .parameters import read_mapping
 from .sweep import RESULTS, WORKFLOW, read_sweep
 

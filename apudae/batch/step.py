@@ -12,7 +12,8 @@ from pathlib import Path
 from ..evaluation.results import merge_results
 from ..files import RUNS, locked
 from ..training.distributed import die_with_parent
-from .notebooks import NotebookError, run_notebook
+from . import NotebookError
+from .notebooks import run_notebook
 from .sweep import RESULTS
 
 

@@ -53,7 +53,7 @@ class FolderImages(Dataset):
             self.files = [sample for sample in folder.samples if is_test[sample[0]] == (split == "test")]
         if not self.files:
             raise ValueError(f"{root} has too few images for a {split} split; needed: at least 2 a class")
-        self.labels = torch.tensor([label for _, label in self.files])
+        self.labels = torch.tensor([label for _, label in self.files], device="cpu")
 
     def _examine(self, root: Path, image_size: int | None) -> None:
         from torchvision.transforms import v2

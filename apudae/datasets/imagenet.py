@@ -40,7 +40,7 @@ class Photographs(Dataset):
 
         check_at_least(1, image_size=size)
         self.files, self.classes = files, classes
-        self.labels = torch.tensor([label for _, label in files])
+        self.labels = torch.tensor([label for _, label in files], device="cpu")
         resize = v2.Resize(round(size * 8 / 7), v2.InterpolationMode.BICUBIC)
         self.transform = v2.Compose([resize, v2.CenterCrop(size), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..contracts import check_at_least
+from ..contracts import as_generator, check_at_least
 
 
 def take(dataset: Dataset, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -12,11 +12,11 @@ def take(dataset: Dataset, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     check_at_least(1, n=n)
     if n > len(dataset):
         raise ValueError(f"{n} images asked for; the data set has {len(dataset)}")
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(dataset), generator=as_generator(seed), device="cpu")
     labels = dataset.labels[order]
-    rank = torch.zeros(len(dataset), dtype=torch.long)  # an image's place among its class, in the shuffled order
+    rank = torch.zeros_like(order)  # an image's place among its class, in the shuffled order
     for label in labels.unique():
-        rank[labels == label] = torch.arange(int((labels == label).sum()))
+        rank[labels == label] = torch.arange(int((labels == label).sum()), device="cpu")
     return stack(dataset, order[rank.argsort(stable=True)[:n]])
 
 
@@ -29,11 +29,11 @@ def stack(dataset: Dataset, indices: Tensor | range | None = None) -> tuple[Tens
 
 
 def hold_out(dataset: Dataset, n: int | None = None) -> tuple[Tensor, Tensor]:
-    """Indices (fit, held_out) of a training set: `n` evenly spread images (by default a thirtieth, up to 2,000)."""
-    n = max(1, min(len(dataset) // 30, 2000)) if n is None else n
+    """Indices (fit, held_out) of a training set: `n` evenly spread images (by default a thirtieth, 4 to 2,000)."""
+    n = max(4, min(len(dataset) // 30, 2000)) if n is None else n
     check_at_least(1, n=n)
     if n >= len(dataset):
         raise ValueError(f"{n} images are to be held out of {len(dataset)}; needed: fewer")
-    held_out = torch.linspace(0, len(dataset) - 1, n, dtype=torch.float64).long()
-    fit = torch.ones(len(dataset), dtype=torch.bool).index_fill(0, held_out, False)
+    held_out = torch.linspace(0, len(dataset) - 1, n, dtype=torch.float64, device="cpu").long()
+    fit = torch.ones(len(dataset), dtype=torch.bool, device="cpu").index_fill(0, held_out, False)
     return fit.nonzero().flatten(), held_out

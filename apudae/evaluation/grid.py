@@ -60,7 +60,7 @@ def _resumable(
     """`function`, each batch's images written to `folder`, and read there when `about`, batch and generator agree."""
 
     def read_or_made(*tensors: Tensor) -> Tensor:
-        state = torch.zeros(0, dtype=torch.uint8) if generator is None else generator.get_state()
+        state = torch.zeros(0, dtype=torch.uint8, device="cpu") if generator is None else generator.get_state()
         path = folder / f"{name}-{fingerprint(about, tensors, state)}.safetensors"
         if path.is_file():
             found, _ = load_tensors(path, advice="delete it, and it is made again")
@@ -110,7 +110,7 @@ def purified_rows(
             autocast = torch.autocast(images.device.type, torch.bfloat16, enabled=bfloat16)
             with torch.no_grad(), autocast, Stopwatch() as watch:
                 ready = purified.get((attack, start), images)
-                given = [ready, torch.arange(len(ready))] if isinstance(defend, Purifier) else [ready]
+                given = [ready, torch.arange(len(ready), device="cpu")] if isinstance(defend, Purifier) else [ready]
                 result = in_batches(defend, *given, batch_size=batch_size, name=f"{purifier} on {attack}")
             about = {"attack": parse_spec(attack)[0], "attack_parameters": parameters[attack], "seed": seed, **facts}
             seconds[purifier] = watch.seconds + seconds.get(start, 0)

@@ -265,7 +265,7 @@ def ladder(
     models = [module for module in (classifier, dae, other, config) if isinstance(module, nn.Module)]
     drawn = (samples, choices, verdicts, seed, repr(config))
     path = keep and keep / f"ladder-{fingerprint(models, x, y, chosen, drawn, facts)}.safetensors"
-    clean = read(x, torch.arange(len(x)), range(seed, seed + choices))
+    clean = read(x, torch.arange(len(x), device="cpu"), range(seed, seed + choices))
     ranks = clean.mean(1).scatter(1, y[:, None], -torch.inf).argsort(1, descending=True)
     before = _margins(clean, y).mean(1)
     if path and path.is_file():
@@ -289,12 +289,11 @@ def ladder(
                     logits = read(found, todo, range(seed, seed + choices))
                     margins = _margins(logits, y[todo])
                     worse = worst.update(todo, found, margins, each.parameters.get("epsilon", 0))
-                    if random:
-                        fresh = range(seed + JUDGES, seed + JUDGES + verdicts)
-                        logits = read(found[worse], todo[worse], fresh) if worse.any() else logits[:0]
-                    else:
-                        logits = logits[worse]
-                    worst.judge(todo[worse], logits.argmax(2), y, position)
+                    logits, changed = logits[worse], todo[worse]
+                    if random and len(changed):
+                        logits = read(found[worse], changed, range(seed + JUDGES, seed + JUDGES + verdicts))
+                    if len(changed):
+                        worst.judge(changed, logits.argmax(2), y, position)
                     pair = before[todo].mean().item(), margins.mean().item()
                     gains.append([each.name, len(todo), *pair, pair[1] > pair[0] + 1e-3])
             parameters = each.parameters | {"eot_samples": samples, "budget": budget.name}
@@ -333,7 +332,13 @@ def margin_paths(
     config, lines = resolve_config(config), []
     models = surrogates(classifier, _purifier(dae, config, seed + ATTACKER), dae, None, 1, x[:1])
     read = partial(
-        _read, classifier, dae, config, ids=torch.arange(len(x)), seeds=range(seed, seed + 1), batch_size=250
+        _read,
+        classifier,
+        dae,
+        config,
+        ids=torch.arange(len(x), device="cpu"),
+        seeds=range(seed, seed + 1),
+        batch_size=250,
     )
     for name in (name for name in models if name not in ("classifier", "with_error", "black_box")):
         at = x

@@ -56,7 +56,7 @@ class Purifier(nn.Module):
         super().__init__()
         check_known("backward", backward, get_args(Backward))
         self.dae, self.config, self.backward = dae, resolve_config(config), backward
-        self.seed, self.calls = int(torch.randint(2**31, (1,), generator=as_generator(seed))), 0
+        self.seed, self.calls = int(torch.randint(2**31, (1,), generator=as_generator(seed), device="cpu")), 0
         known = (
             math.isfinite(getattr(dae, "recon_mu", math.nan)) and 0 < getattr(dae, "recon_sigma", math.nan) < math.inf
         )
@@ -100,7 +100,7 @@ class Purifier(nn.Module):
                 raise ValueError(f"ids are {ids.dtype} of shape {tuple(ids.shape)}; needed: whole numbers ({len(x)},)")
             return self.seed, ids
         self.calls += self.config.is_random
-        return self.seed + max(0, self.calls - 1), torch.arange(len(x))
+        return self.seed + max(0, self.calls - 1), torch.arange(len(x), device="cpu")
 
     def _purified(self, x: Tensor, ids: Tensor, seed: int, *, exact: bool, lines: list[Step] | None = None) -> Tensor:
         """X_pur,0 … X_pur,n of Eq. 2; `lines`, if given, grows by one a step."""

@@ -24,15 +24,15 @@ class Draws:
     def __init__(self, seed: int, ids: Tensor) -> None:
         """`ids` (n,): of two images with the same one the numbers are the same."""
         words = [hashlib.blake2b(f"{seed},{image}".encode(), digest_size=7) for image in ids.tolist()]
-        self.generators = [torch.Generator().manual_seed(int(word.hexdigest(), 16)) for word in words]
+        self.generators = [torch.Generator("cpu").manual_seed(int(word.hexdigest(), 16)) for word in words]
 
     def normal(self, x: Tensor) -> Tensor:
         """N(0, 1) in the shape of `x`."""
-        return torch.stack([torch.randn(x.shape[1:], generator=each) for each in self.generators]).to(x)
+        return torch.stack([torch.randn(x.shape[1:], generator=each, device="cpu") for each in self.generators]).to(x)
 
     def uniform(self, x: Tensor) -> Tensor:
         """U[0, 1] in the shape of `x`."""
-        return torch.stack([torch.rand(x.shape[1:], generator=each) for each in self.generators]).to(x)
+        return torch.stack([torch.rand(x.shape[1:], generator=each, device="cpu") for each in self.generators]).to(x)
 
 
 def affine_matrices(x: Tensor, resize: float, rotation: float, draws: Draws | None) -> Tensor:
@@ -40,9 +40,9 @@ def affine_matrices(x: Tensor, resize: float, rotation: float, draws: Draws | No
 
     With `draws`, each image's are drawn uniformly between no change and so much either way.
     """
-    share = torch.ones(len(x), 2)
+    share = torch.ones(len(x), 2, device="cpu")
     if draws is not None:
-        share = 2 * torch.stack([torch.rand(2, generator=each) for each in draws.generators]) - 1
+        share = 2 * torch.stack([torch.rand(2, generator=each, device="cpu") for each in draws.generators]) - 1
     factor = 1 + share[:, 0] * (resize - 1)
     angle = torch.deg2rad(share[:, 1] * rotation)
     cosine, sine = angle.cos() / factor, angle.sin() / factor  # the grid looks up where a pixel comes from

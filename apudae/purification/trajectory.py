@@ -22,7 +22,7 @@ def trajectory(
     check_images(x)
     purifier = Purifier(dae, config, seed=seed)
     cut = parts(x, CACHE)  # as `purify` does, bit for bit
-    ids = torch.arange(len(x)) if ids is None else ids
+    ids = torch.arange(len(x), device="cpu") if ids is None else ids
     paths = [_path(purifier, *part) for part in zip(cut, ids.split(len(cut[0])), strict=True)]
     return [Step(*map(torch.cat, zip(*steps, strict=True))) for steps in zip(*paths, strict=True)]
 

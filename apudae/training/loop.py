@@ -148,7 +148,7 @@ class Batches:
             epoch, batch = divmod(step, self.n // size)
             if epoch != shuffled:
                 generator = torch.Generator().manual_seed(step_seed(self.recipe.seed, 0, epoch))
-                order, shuffled = torch.randperm(self.n, generator=generator).tolist(), epoch
+                order, shuffled = torch.randperm(self.n, generator=generator, device="cpu").tolist(), epoch
             yield order[batch * size : (batch + 1) * size][self.share]
 
 

@@ -47,3 +47,29 @@ def torchattacks() -> dict:
         "cw": lambda model, x, y: ta.CW(model, c=1, steps=CW["steps"], lr=CW["learning_rate"])(x, y),
         "deepfool": lambda model, x, y: ta.DeepFool(model)(x, y),
     }
+
+
+def targeted(library: str, name: str):
+    """attack(model, x, y, target) of a library: BIM at ε = .2, or PGD in L2 at ε = 2, both in 22 steps."""
+    if library == "torchattacks":
+        import torchattacks as ta
+
+        def towards(model, x, y, target):
+            attack = ta.BIM(model, eps=0.2, alpha=STEP, steps=42)
+            attack.set_mode_targeted_by_label(quiet=True)
+            return attack(x, target)
+
+        return towards
+    import foolbox as fb
+
+    chosen = {
+        "bim": (fb.attacks.LinfBasicIterativeAttack(abs_stepsize=STEP, steps=42, random_start=False), 0.2),
+        "l2": (fb.attacks.L2ProjectedGradientDescentAttack(abs_stepsize=0.2, steps=22), 2.0),
+    }
+    attack, epsilon = chosen[name]
+
+    def call(model, x, y, target):
+        wrapped = fb.PyTorchModel(model, bounds=(0, 1), device=x.device)
+        return attack(wrapped, x, fb.criteria.TargetedMisclassification(target), epsilons=epsilon)[1]
+
+    return call

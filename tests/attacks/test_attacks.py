@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from apudae import Purifier, attacks
+from apudae.attacks.losses import LOSSES
 from apudae.datasets import DATASETS
 from apudae.evaluation.accuracy import accuracy
 from apudae.evaluation.grid import run_attack
@@ -129,6 +130,102 @@ def test_optimum_of_a_linear_model_at_the_edge_of_the_range(attack):
     best = (x + 0.3 * uphill).clamp(0, 1)
     assert (best % 1 == 0).any()
     torch.testing.assert_close(attack(model, x, y, epsilon=0.3), best, rtol=0, atol=1e-15)
+
+
+# --- losses, targets, the L2 ball -------------------------------------------------------------------------------------
+
+LOGITS = torch.tensor([[4.0, 1.0, 3.0, 0.0], [0.0, 2.0, 1.0, 5.0]])
+
+
+def test_losses_by_hand():
+    y, target = torch.tensor([0, 1]), torch.tensor([1, 3])
+    expected = {  # margin: z_other − z_y; dlr: that over z1 − z3, or over z1 − (z3 + z4)/2
+        ("margin", None): [-1, 3],
+        ("margin", target): [-3, 3],
+        ("dlr", None): [-1 / 3, 3 / 4],
+        ("dlr", target): [-3 / (4 - 0.5), 3 / (5 - 0.5)],
+    }
+    for (name, goal), values in expected.items():
+        torch.testing.assert_close(LOSSES[name](LOGITS, y, goal), torch.tensor(values, dtype=torch.float32))
+    p = LOGITS.softmax(1)
+    torch.testing.assert_close(LOSSES["ce"](LOGITS, y, None), -p[[0, 1], y].log())
+    torch.testing.assert_close(LOSSES["ce"](LOGITS, y, target), p[[0, 1], target].log())
+
+
+def test_dlr_does_not_see_the_scale_of_the_logits():
+    y = torch.tensor([0, 1])
+    torch.testing.assert_close(LOSSES["dlr"](100 * LOGITS, y, None), LOSSES["dlr"](LOGITS, y, None))
+
+
+def many_classes(dtype=torch.float64):
+    model = linear_classifier(20, classes=5, dtype=dtype)
+    x = images(6, 1, 4, 5, low=0.3, high=0.7, dtype=dtype)
+    y = model(x).argmax(1)
+    return model, x, y, (y + 1 + torch.arange(6) % 4) % 5
+
+
+@pytest.mark.parametrize("loss", ["margin", "dlr"])
+@pytest.mark.parametrize("name", ["fgsm", "bim", "pgd"])
+def test_targeted_optimum_of_a_linear_model(name, loss):
+    """Along the difference of the two classes' weights; "dlr", whose divisor moves too, rises."""
+    model, x, y, target = many_classes()
+    weight = model[1].weight.detach()
+    best = x + 0.1 * (weight[target] - weight[y]).sign().view(x.shape)
+    found = getattr(attacks, name)(model, x, y, epsilon=0.1, loss=loss, target=target)
+    if loss == "margin":
+        torch.testing.assert_close(found, best, rtol=0, atol=1e-12)
+    raised = LOSSES[loss](model(found), y, target) - LOSSES[loss](model(x), y, target)
+    assert (raised > 0).all()
+
+
+def test_l2_optimum_of_a_linear_model():
+    """ε along the unit vector of the difference of the weights, for PGD and for Auto-PGD, which comes close."""
+    model, x, y, target = many_classes()
+    slope = (model[1].weight[target] - model[1].weight[y]).detach()
+    best = x + 0.2 * (slope / slope.norm(dim=1, keepdim=True)).view(x.shape)
+    options = {"epsilon": 0.2, "loss": "margin", "target": target, "norm": "l2"}
+    found = attacks.pgd(model, x, y, step_size=0.1, steps=60, **options)
+    torch.testing.assert_close(found, best, rtol=0, atol=1e-9)
+    assert ((attacks.apgd(model, x, y, **options) - x).flatten(1).norm(dim=1) <= 0.2 + 1e-9).all()
+    still = model(x).gather(1, target[:, None]) < model(best).gather(1, target[:, None])
+    assert still.all()
+    large = attacks.pgd(model, x, y, epsilon=3.0, step_size=1.0, steps=10, norm="l2")
+    assert large.min() >= 0
+    assert large.max() <= 1
+    assert ((large - x).flatten(1).norm(dim=1) <= 3 + 1e-9).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cw", "deepfool"])
+def test_shortest_targeted_perturbation_of_a_linear_model(name):
+    """Never shorter than the distance to the target's border, and taken for the target."""
+    model, x, y, target = many_classes()
+    options = {"cw": {"steps": 300, "learning_rate": 0.02, "initial_c": 1.0}, "deepfool": {"steps": 200}}[name]
+    found = getattr(attacks, name)(model, x, y, epsilon=math.inf, target=target, **options)
+    reached = model(found).argmax(1) == target
+    assert reached.double().mean() > 0.6
+    slope = (model[1].weight[target] - model[1].weight[y]).detach()
+    rows = torch.arange(len(x))
+    distance = (model(x)[rows, y] - model(x)[rows, target]) / slope.norm(dim=1)
+    length = (found - x).flatten(1).norm(dim=1)
+    assert (length[reached] >= distance[reached] - 1e-6).all()
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"target": torch.zeros(3)}, "target is torch.float32"),
+        ({"target": torch.tensor([1, 2])}, r"needed: int64 of shape \(3,\)"),
+        ({"target": torch.tensor([1, 2, 9])}, "target holds"),
+        ({"target": torch.tensor([0, 1, 2])}, "target is the label itself"),
+        ({"loss": "hinge"}, "loss 'hinge' is unknown; there is: ce, margin, dlr"),
+        ({"norm": "l1"}, "norm 'l1' is unknown; there is: linf, l2"),
+    ],
+)
+def test_bad_losses_targets_and_norms_are_named(bad, message):
+    model, x = linear_classifier(16, 3), images(3, 1, 4, 4)
+    with pytest.raises(ValueError, match=message):
+        attacks.pgd(model, x, torch.tensor([0, 1, 2]), epsilon=0.1, **bad)
 
 
 def test_r_fgsm_of_a_linear_model_moves_by_all_or_nothing():

@@ -1,23 +1,26 @@
 """AutoAttack, APGD and Square keep the contract of every other attack; what an attacker sees of a defense is right."""
 
+import logging
+import math
 import weakref
 
 import pytest
 import torch
-from conftest import LinearDAE, images, linear_classifier, set_gradients, snapshot, tiny_dae
+from conftest import LinearDAE, images, linear_classifier, seeded, set_gradients, snapshot, tiny_dae
+from pyautoattack.autopgd_base import APGDAttack
 from torch import nn
 
 from apudae import Purifier, PurifyConfig, attacks, trajectory
-from apudae.attacks import ATTACKS, ClassifierWithReconstructionError, apgd, counter_attack_b, square
+from apudae.attacks import ATTACKS, ClassifierWithReconstructionError, apgd, counter_attack_b, joint, square
 from apudae.attacks.autoattack import autoattack
-from apudae.evaluation.accuracy import accuracy
+from apudae.evaluation.accuracy import accuracy, margins
 from apudae.evaluation.grid import run_attack
 from apudae.evaluation.surrogates import BPDA, EOT, FixedNoise, Trajectory
 
 both = pytest.mark.parametrize(
     ("name", "options"),
-    [("autoattack", {}), ("square", {"queries": 200}), ("apgd", {"steps": 10})],
-    ids=["autoattack", "square", "apgd"],
+    [("autoattack", {}), ("square", {"queries": 200}), ("apgd", {"steps": 10}), ("fab", {"steps": 10})],
+    ids=["autoattack", "square", "apgd", "fab"],
 )
 X, Y = images(6, 1, 4, 4), torch.tensor([0, 1, 2] * 2)
 
@@ -56,7 +59,8 @@ def test_seeds_repeat(name, options, classifier, digits):
     attack = ATTACKS[name]
     first = attack(classifier, x, y, epsilon=0.1, seed=1, **options)
     assert torch.equal(attack(classifier, x, y, epsilon=0.1, seed=1, **options), first)
-    assert not torch.equal(attack(classifier, x, y, epsilon=0.1, seed=2, **options), first)
+    if name != "fab":  # its only run begins at the image
+        assert not torch.equal(attack(classifier, x, y, epsilon=0.1, seed=2, **options), first)
     generator = torch.Generator().manual_seed(1)
     assert torch.equal(attack(classifier, x, y, epsilon=0.1, seed=generator, **options), first)
 
@@ -86,8 +90,10 @@ def test_few_classes_are_named():
 
 
 def test_bad_options_are_named():
-    with pytest.raises(ValueError, match="ce, dlr"):
-        apgd(linear_classifier(16, 12), X, Y, epsilon=0.1, loss="margin")
+    with pytest.raises(ValueError, match="ce, margin, dlr"):
+        apgd(linear_classifier(16, 12), X, Y, epsilon=0.1, loss="hinge")
+    with pytest.raises(ValueError, match=r"2 classes.*at least 3"):
+        apgd(linear_classifier(16, 2), X, Y % 2, epsilon=0.1, loss="dlr")
     with pytest.raises(ValueError, match="standard, rand"):
         autoattack(linear_classifier(16, 12), X, Y, epsilon=0.1, version="plus")
     with pytest.raises(ValueError, match="queries"):
@@ -208,6 +214,80 @@ def test_counter_attack_b():
     assert errors[2] < with_error.errors(x).sum()
     with pytest.raises(ValueError, match="beta is -1"):
         counter_attack_b(with_error, x, y, epsilon=0.1, beta=-1)
+
+
+def test_joint_attack_keeps_its_bounds(classifier, dae, digits):
+    """The loss rises, and the error is where it is told to be; a wider bound never lowers what can be had."""
+    x, y = digits[0][:12], digits[1][:12]
+    scene = ClassifierWithReconstructionError(classifier, dae)
+    before, found = set_gradients(scene), {}
+    for low, high in ((None, 0.0), (None, 3.0), (-0.25, 0.25)):
+        moved = joint(scene, x, y, epsilon=0.1, low=low, high=high, steps=40, restarts=1)
+        errors = scene.errors(moved).detach()
+        kept = errors <= dae.recon_mu + high * dae.recon_sigma
+        kept &= errors >= dae.recon_mu + (-100 if low is None else low) * dae.recon_sigma
+        assert kept.double().mean() > 0.8, (low, high)
+        assert (moved - x).abs().max() <= 0.1 + 1e-6
+        assert ((moved >= 0) & (moved <= 1)).all()
+        found[low, high] = margins(classifier, moved, y)
+    assert snapshot(scene) == before
+    assert (found[None, 0.0] < margins(classifier, x, y) + 1e-6).double().mean() > 0.8
+    assert found[None, 3.0].mean() < found[None, 0.0].mean() - 1
+    again = joint(scene, x, y, epsilon=0.1, steps=40, restarts=1, seed=5)
+    assert torch.equal(margins(classifier, again, y), found[None, 0.0]), "the first run begins at the image itself"
+
+
+def test_joint_attack_of_a_linear_model_is_bim_while_the_bound_holds():
+    dae, model = LinearDAE(16), linear_classifier(16, 5, dtype=torch.float64)
+    x = images(6, 1, 4, 4, low=0.3, high=0.7, dtype=torch.float64)
+    y, scene = model(x).argmax(1), ClassifierWithReconstructionError(model, dae)
+    found = joint(scene, x, y, epsilon=0.1, high=1e6, loss="ce")
+    torch.testing.assert_close(margins(model, found, y), margins(model, attacks.bim(model, x, y, epsilon=0.1), y))
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"low": 1.0}, "bounds are 1.0 and 0.0"),
+        ({"high": math.nan}, "bounds are None and nan"),
+        ({"high": -1e6}, "no reconstruction error is below"),
+        ({"restarts": 0}, "restarts is 0"),
+        ({"target": torch.zeros(12).long()}, "label itself"),
+    ],
+)
+def test_bad_bounds_of_the_joint_attack_are_named(bad, message, classifier, dae, digits):
+    scene = ClassifierWithReconstructionError(classifier, dae)
+    with pytest.raises(ValueError, match=message):
+        joint(scene, digits[0][:12], torch.arange(12) % 10, **{"epsilon": 0.1} | bad)
+
+
+def test_apgd_returns_its_best_where_it_cannot_fool(classifier, digits):
+    x, y = digits[0][:12], digits[1][:12]
+    found = apgd(classifier, x, y, epsilon=0.005, steps=10, loss="margin")
+    right = margins(classifier, found, y) > 0
+    assert right.sum() > 6
+    assert (margins(classifier, found, y)[right] < margins(classifier, x, y)[right]).all()
+    more = apgd(classifier, x, y, epsilon=0.005, steps=10, loss="margin", restarts=3)
+    assert (margins(classifier, more, y)[right] <= margins(classifier, found, y)[right] + 1e-5).all()
+    warm = apgd(classifier, x, y, found, epsilon=0.005, steps=3, loss="margin")
+    assert (margins(classifier, warm, y)[right] <= margins(classifier, found, y)[right] + 1e-5).all()
+
+
+def test_apgd_is_the_librarys_own(classifier, digits):
+    """Same loss, steps and seed: the same images are fooled, by the same pixels."""
+    right = classifier(digits[0][:20]).argmax(1) == digits[1][:20]
+    x, y = digits[0][:20][right], digits[1][:20][right]
+    for loss in ("ce", "dlr"):
+        seed = int(torch.randint(2**31, (1,), generator=seeded(3)))  # what an attack makes of 3
+        options = {"seed": seed, "device": "cpu", "logger": logging.getLogger("test")}
+        theirs = APGDAttack(classifier, n_iter=10, eps=0.05, loss=loss, **options)
+        with torch.random.fork_rng():
+            expected = theirs.perturb(x, y)
+        found = apgd(classifier, x, y, epsilon=0.05, loss=loss, steps=10, seed=3)
+        fooled = classifier(found).argmax(1) != y
+        assert fooled.any()
+        assert torch.equal(fooled, classifier(expected).argmax(1) != y)
+        torch.testing.assert_close(found[fooled], expected[fooled], rtol=0, atol=1e-6)
 
 
 @pytest.mark.slow

@@ -41,3 +41,19 @@ def test_not_weaker_than(library, name, scene, reached):
         both = (predict(model, mine) != y) & (predict(model, theirs) != y)
         length = [(images[both] - x[both]).flatten(1).norm(dim=1).mean() for images in (mine, theirs)]
         assert length[0] <= 1.05 * length[1], f"mean L2 {length[0]:.3f}, {library} {length[1]:.3f}"
+
+
+@pytest.mark.parametrize(("library", "name"), [("foolbox", "bim"), ("foolbox", "l2"), ("torchattacks", "bim")])
+def test_targeted_attacks_reach_as_many_as(library, name, scene):
+    """Towards the class after the label, in the same steps: as many images arrive."""
+    pytest.importorskip(library)
+    model, x, y = scene
+    x, y = x[:100], y[:100]
+    target = (y + 1) % 10
+    theirs = peers.targeted(library, name)(model, x, y, target).detach()
+    size = {"bim": {"epsilon": 0.2}, "l2": {"epsilon": 2.0, "step_size": 0.2, "steps": 22, "norm": "l2"}}[name]
+    attack = apudae.attacks.bim if name == "bim" else apudae.attacks.pgd
+    mine = attack(model, x, y, target=target, **size)
+    arrived = [(predict(model, images) == target).double().mean() for images in (mine, theirs)]
+    assert arrived[1] > 0.2
+    assert arrived[0] >= arrived[1] - 0.02
