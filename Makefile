@@ -7,7 +7,7 @@ ifdef APUDAE_DATA
 export APUDAE_DATA := $(abspath $(APUDAE_DATA))
 endif
 
-.PHONY: demo check test lab notebooks paper format clean
+.PHONY: demo check test lab notebooks readme paper format clean
 demo: .venv/ready  ## attack 200 real digits, purify them, print the table
 	$(BIN)/apudae run 00_quickstart
 
@@ -28,6 +28,9 @@ notebooks: .venv/ready  ## execute every notebook at its default scale, in place
 	for notebook in notebooks/*.ipynb; do \
 	  $(BIN)/apudae run $$notebook && cp data/runs/default/$${notebook#notebooks/} notebooks/ || exit 1; done
 	-$(BIN)/pre-commit run --all-files nbstripout  # fails when it changes a file, as it is meant to
+
+readme: .venv/ready  ## README's first table, made anew from the rows in data/results
+	$(BIN)/python -m apudae.evaluation.headline
 
 paper: .venv/ready  ## the graph of the whole study, as far as it is not done, then its report; PROFILE=cuda, slurm, …
 	$(BIN)/apudae sweep workflow/config/mnist.yaml --profile $(or $(PROFILE),local)

@@ -1,6 +1,8 @@
 """The structure of the package: arrows go down only, every module says its one job, what is public is documented."""
 
 import ast
+import doctest
+import importlib
 import re
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import pytest
 from apudae.attacks import ATTACKS, PARAMETERS
 from apudae.checkpoints import ARCHITECTURES
 from apudae.datasets import DATASETS
+from apudae.evaluation.headline import BEGIN, END, headline
 from apudae.files import ROOT
 from apudae.models import autoencoders
 
@@ -86,6 +89,24 @@ def test_what_is_public_is_documented(module):
     tree = ast.parse(module.read_text())
     public = [n for n in tree.body if isinstance(n, FUNCTIONS | ast.ClassDef) and not n.name.startswith("_")]
     assert [node.name for node in public if not ast.get_docstring(node)] == []
+
+
+@every_module
+def test_examples_in_docstrings_run(module):
+    found = doctest.testmod(importlib.import_module(name_of(module)))
+    assert found.failed == 0
+    assert found.attempted == module.read_text().count(">>> ")
+
+
+@pytest.mark.slow
+def test_the_readmes_example_runs():
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    exec(example, {})
+
+
+def test_the_readmes_first_table_is_made_from_the_rows():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"{BEGIN}\n\n{headline()}\n\n{END}" in text, "make readme"
 
 
 @every_module

@@ -249,7 +249,7 @@ def ladder(
     >>> x, y = take(apudae.load_dataset("mnist5k", "test"), 20)
     >>> found = ladder(apudae.load_model("mnist/classifier"), None, None, x, y, [])
     >>> [(row["attack"], row["correct"]) for row in found.rows]
-    [('clean', 20), ('worst_case', 20)]
+    [('clean', 19), ('worst_case', 19)]
     """
     check_batch(classifier, x, y)
     config, budget = resolve_config(config) if isinstance(config, str) else config, resolve_budget(budget)

@@ -18,7 +18,8 @@ from ..files import locked, provenance, written_aside
 from ..purification.config import PurifyConfig
 from .accuracy import Accuracy
 
-KINDS = ("attack", "ladder", "worst_case")  # one attack by itself; what it and those before it leave; what all leave
+# one attack by itself; what it and those before it leave; what all leave; what no attacker within ε can take
+KINDS = ("attack", "ladder", "worst_case", "certified")
 # a new row replaces the row that agrees in all of these
 IDENTITY = ["dataset", "split", "n", "metric", "classifier", "dae", "kind", "attack", "attack_parameters", "position"]
 IDENTITY += ["purifier", "purifier_parameters", "seed", "device"]
@@ -54,7 +55,7 @@ def result_row(
     seed: int = 0,
     device: str = "cpu",
     seconds: float = 0.0,
-    kind: Literal["attack", "ladder", "worst_case"] = "attack",
+    kind: Literal["attack", "ladder", "worst_case", "certified"] = "attack",
     position: float = math.nan,
     notebook: str = "",
 ) -> dict:
