@@ -3,7 +3,9 @@
 import functools
 import json
 import math
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,9 @@ from apudae.evaluation.accuracy import accuracy, margins, predict
 from apudae.evaluation.ladder import BUDGETS, Budget, SuiteAttack, attack_suite, ladder, margin_paths
 from apudae.evaluation.sanity import Quantised
 from apudae.models import margin
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "attacks"))
+import peers
 
 SETTINGS = attacks.attack_settings("mnist")
 FACTS = {"dataset": "mnist5k", "classifier": "mnist/classifier", "purifier": "it"}
@@ -267,6 +272,25 @@ def test_the_exact_gradient_is_not_masked_near_mu(name, classifier, dae, digits)
     config = replace(PRESETS[name], steps=5)
     paths = margin_paths(classifier, dae, config, at_mu, y, epsilon=0.1, steps=8).set_index(["surrogate", "step"])
     assert paths.margin["exact", 8] < paths.margin["exact", 0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("library", ["foolbox", "torchattacks"])
+@pytest.mark.parametrize("name", ["direct", "A", "D", "E"])
+def test_what_stands_stands_before_other_libraries_too(name, library, classifier, dae, digits):
+    """An independent replay: their PGD through the purifier's exact gradient on ten digits that our suite left."""
+    pytest.importorskip(library)
+    x, y = digits[0][:16], digits[1][:16]
+    config = replace(PRESETS[name], **({} if name == "direct" else {"steps": 3, "step_size": 0.05}))
+    found = ladder(classifier, dae, config, x, y, attack_suite(SETTINGS, "quick", GRAY), **FACTS)
+    stands = torch.tensor((found.record.broken_by == "").to_numpy())
+    x, y = x[stands][:10], y[stands][:10]
+    defended = nn.Sequential(Purifier(dae, config, "exact"), classifier)
+    torch.manual_seed(0)
+    theirs = getattr(peers, library)()["pgd"](defended, x, y).detach()
+    assert (theirs - x).abs().max() <= 0.1 + 1e-6
+    assert len(x) >= 6
+    assert (predict(defended, theirs) == y).sum() >= len(x) - 1
 
 
 def test_quick_and_full_are_the_budgets():
