@@ -3,6 +3,8 @@
 python -m apudae.evaluation.headline    # writes it between the markers of README.md
 """
 
+import json
+
 import pandas as pd
 
 from ..datasets import look_up
@@ -20,7 +22,8 @@ def suite_table(rows: pd.DataFrame) -> pd.DataFrame:
     """Of each defense, on the same images: clean, what the gray box leaves, what the whole suite leaves.
 
     The gray box is all attacks of the suite on the classifier alone. Of several suites the one on the most images, of
-    these the lower. Where the defense is random, the worst case is the mean over the draws that judge.
+    these the lower. Where the defense is random, the worst case is the mean over the draws that judge. `budget` is the
+    suite's, "" where it is older than these.
     """
     lines = []
     rows = rows[rows.kind.isin(["ladder", "worst_case"])].fillna({"step_size": 0, "steps": 0})
@@ -32,7 +35,8 @@ def suite_table(rows: pd.DataFrame) -> pd.DataFrame:
         cells = {name: with_interval(part).iloc[0] if len(part) else "–" for name, part in parts.items()}
         if last.runs > 1 and pd.notna(last.get("mean_low")):
             cells["worst case"] = f"{last['mean']:.3f} [{last.mean_low:.3f}, {last.mean_high:.3f}]"
-        lines.append(dict(zip(DEFENSE, defense, strict=True)) | cells | {"images": int(last.n)})
+        lines.append(dict(zip(DEFENSE, defense, strict=True)) | cells)
+        lines[-1] |= {"images": int(last.n), "budget": json.loads(last.attack_parameters).get("budget", "")}
     return pd.DataFrame(lines)
 
 
@@ -60,7 +64,7 @@ def _label(line: dict, entry: object) -> str:
     words += [f"n = {line['steps']:.0f}"] if line["steps"] not in (0, 15) else []
     words += [f"`{line['dae']}`"] if line["purifier"] != "none" and line["dae"] != entry.dae else []
     words += [f"classifier `{line['classifier']}`"] if line["classifier"] != entry.classifier else []
-    return ", ".join(words)
+    return ", ".join(words) + " †" * (not line["budget"])
 
 
 def main() -> None:

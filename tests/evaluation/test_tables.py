@@ -14,6 +14,7 @@ from apudae import files
 from apudae.datasets import take
 from apudae.evaluation.accuracy import Accuracy, accuracy
 from apudae.evaluation.grid import run_attack
+from apudae.evaluation.headline import suite_table
 from apudae.evaluation.results import read_results, result_row
 from apudae.evaluation.tables import knowing_table, main_table, of_study, side_by_side
 
@@ -125,6 +126,24 @@ def test_gray_box_and_worst_case_stand_side_by_side(rows):
     assert table.loc["none", "worst case"] == "–", "not measured"
     assert table.loc["A (n = 12)", "gray box"] == "–"
     assert table.loc["D"].tolist() == ["–", "–", "–", str(Accuracy(80, 100)), 100], "the ladder alone is shown, too"
+
+
+def test_first_table_is_of_the_same_images_in_every_column(rows):
+    """The gray box is the last attack on the classifier alone, not the lowest row of other images."""
+    budget, random = {"budget": "full"}, {"runs": 20, "mean": 0.55, "mean_low": 0.5, "mean_high": 0.6}
+    suite = [("clean", 98), ("gray_bim", 90), ("gray_apgd_ce", 80), ("joint_at_mu", 70)]
+    further = [
+        row("E", name, count, n=100, config=apudae.PRESETS["E"], kind="ladder", parameters=budget) | {"position": place}
+        for place, (name, count) in enumerate(suite)
+    ]
+    further += [row("E", "worst_case", 60, n=100, config=apudae.PRESETS["E"], kind="worst_case", parameters=budget)]
+    further += [row("F", "worst_case", 10, n=100, config=apudae.PRESETS["F"], kind="worst_case") | random]
+    every = pd.concat([rows.assign(runs=1), pd.DataFrame(further)], ignore_index=True)
+    table = suite_table(every).set_index("purifier")
+    assert table.loc["E", ["clean", "gray box", "worst case"]].str[:7].tolist() == ["0.980 [", "0.800 [", "0.600 ["]
+    assert table.loc["E", ["images", "budget"]].tolist() == [100, "full"]
+    assert table.loc["F", "worst case"] == "0.550 [0.500, 0.600]", "the mean over the draws"
+    assert table.loc["F", ["clean", "budget"]].tolist() == ["–", ""]
 
 
 def test_tables_without_rows_are_empty(rows):
