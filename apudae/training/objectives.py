@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..attacks.gradient_sign import iterate
-from ..contracts import check_at_least, check_whole, frozen
+from ..contracts import check_at_least, check_batch, check_whole, frozen
 from ..files import fingerprint
 from .distributed import shared_draw
 from .loop import Recipe, bare, fit
@@ -89,12 +89,19 @@ def train_classifier(
     With `flip`, every other image, by chance, is seen in the mirror.
     """
     check_whole(0, shift=shift)
+    _check_fits(classifier, dataset)
 
     def loss(model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
         return F.cross_entropy(model(_augmented(x, shift, flip, generator)), y)
 
     about = {"shift": shift, "flip": flip}
     return fit(classifier, loss, dataset, recipe, run_dir=run_dir, device=device, about=about)
+
+
+def _check_fits(classifier: nn.Module, dataset: Dataset) -> None:
+    """Raise ValueError, before anything is trained, unless `classifier` takes the first image and has its label."""
+    weight = next(classifier.parameters())
+    check_batch(classifier, dataset[0][0][None].to(weight), torch.tensor([int(dataset[0][1])], device=weight.device))
 
 
 def _augmented(x: Tensor, shift: int, flip: bool, generator: torch.Generator) -> Tensor:

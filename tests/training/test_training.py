@@ -7,6 +7,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from torch.utils.data import Dataset, Subset
 
 from apudae import attacks, load_dataset
 from apudae.datasets import stack, take
+from apudae.datasets.small import TensorImages
 from apudae.models import DAE, MLP, ResNet
 from apudae.training.distributed import in_processes
 from apudae.training.loop import Recipe, fit
@@ -46,6 +48,13 @@ def trained(few, run_dir=None, recipe=SHORT, noise_std_max=0.5, width=4, first=0
 
 
 # --- learning ---------------------------------------------------------------------------------------------------------
+
+
+def test_images_that_do_not_fit_the_classifier_are_named_before_the_training(tmp_path):
+    few = TensorImages(np.zeros((8, 1, 16, 16), np.uint8), np.arange(8), list("abcdefgh"))
+    with pytest.raises(ValueError, match=r"cannot take images of shape \(1, 1, 16, 16\)"):
+        train_classifier(MLP(), few, Recipe(steps=2), run_dir=tmp_path)
+    assert not any(tmp_path.iterdir())
 
 
 def test_classifier_learns(few, digits):
