@@ -40,13 +40,17 @@ LOSSES: dict[str, Callable[..., Tensor]] = {  # of logits, labels and targets
     "margin": negative_margin,
     "dlr": difference_of_logits_ratio,
 }
-CLASSES = {"dlr": 3}  # that a loss needs at least; one more where it is targeted
+
+
+def classes_needed(loss: str, targeted: bool) -> int:
+    """How many classes a loss needs: the ratio looks at the third largest logit, towards a target at the fourth."""
+    return 3 + targeted if loss == "dlr" else 2
 
 
 def check_loss(loss: str, classes: int, y: Tensor, target: Tensor | None) -> None:
     """ValueError for an unknown loss, too few classes, or a target that is no other class than the label."""
     check_known("loss", loss, LOSSES)
-    needed = CLASSES.get(loss, 2) + (loss in CLASSES and target is not None)
+    needed = classes_needed(loss, target is not None)
     if classes < needed:
         raise ValueError(f"the model has {classes} classes; needed for the loss {loss!r}: at least {needed}")
     if target is None:

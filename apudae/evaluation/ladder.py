@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..attacks.losses import classes_needed
 from ..batching import in_batches
 from ..contracts import check_batch, check_known, frozen
 from ..files import fingerprint, load_tensors, save_tensors
@@ -240,7 +241,8 @@ def ladder(
     classifier alone. `other` is a classifier to transfer from. Of a random defense, `budget.samples` draws make a
     gradient, `choices` draws choose an image's worst case and `verdicts` others judge it: it is right where more than
     half of these are, and leaves the work once all that choose are wrong; else all three are 1.
-    A row tells what its attack and those before it leave. ValueError for an image outside the ε-ball or [0, 1].
+    A row tells what its attack and those before it leave; attacks that need more classes are left out. ValueError for
+    an image outside the ε-ball or [0, 1].
     With the folder `keep`, a killed run goes on where it was. `facts`, such as the names `dataset` and `classifier`,
     go into the rows.
 
@@ -259,15 +261,15 @@ def ladder(
     about = {"seed": seed, "device": x.device, "purifier_config": config if isinstance(config, PurifyConfig) else None}
     seen = partial(surrogates, classifier, dae=dae, other=other, samples=samples, probe=x[:1])
     known = seen(_purifier(dae, config, seed))
-    chosen = [CLEAN, *(each for each in suite if each.surrogate in known)]
     read = partial(_read, classifier, dae, config, batch_size=batch_size)
+    clean = read(x, torch.arange(len(x), device="cpu"), range(seed, seed + choices))
+    ranks = clean.mean(1).scatter(1, y[:, None], -torch.inf).argsort(1, descending=True)
+    before, classes = _margins(clean, y).mean(1), clean.shape[2]
+    chosen = [CLEAN, *(each for each in suite if each.surrogate in known and _has_room(each, classes))]
     worst, rows, gains = WorstCase(x, choices, verdicts), [], []
     models = [module for module in (classifier, dae, other, config) if isinstance(module, nn.Module)]
     drawn = (samples, choices, verdicts, seed, repr(config))
     path = keep and keep / f"ladder-{fingerprint(models, x, y, chosen, drawn, facts)}.safetensors"
-    clean = read(x, torch.arange(len(x), device="cpu"), range(seed, seed + choices))
-    ranks = clean.mean(1).scatter(1, y[:, None], -torch.inf).argsort(1, descending=True)
-    before = _margins(clean, y).mean(1)
     if path and path.is_file():
         tensors, (rows, gains) = load_tensors(path, advice="delete it, and it is made again")
         worst.load(tensors)
@@ -347,6 +349,11 @@ def margin_paths(
             size = {"epsilon": epsilon, "step_size": 2.5 * epsilon / steps, "steps": 1}
             at = run_attack("bim", models[name], x, y, start=at, loss="margin", **size) if step < steps else at
     return pd.DataFrame(lines, columns=["surrogate", "step", "margin"])
+
+
+def _has_room(attack: SuiteAttack, classes: int) -> bool:
+    """Whether there are classes enough for the attack's loss and target."""
+    return attack.target < classes >= classes_needed(attack.parameters.get("loss", "ce"), attack.target > 0)
 
 
 def _purifier(dae: nn.Module | None, config: PurifyConfig | nn.Module | None, seed: int) -> nn.Module | None:

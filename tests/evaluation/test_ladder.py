@@ -293,6 +293,21 @@ def test_what_stands_stands_before_other_libraries_too(name, library, classifier
     assert (predict(defended, theirs) == y).sum() >= len(x) - 1
 
 
+@pytest.mark.parametrize(("classes", "dlr", "targets"), [(2, False, 0), (3, True, 0), (4, True, 3)])
+def test_few_classes_leave_out_what_needs_more(classes, dlr, targets):
+    model, x = linear_classifier(16, classes), images(8, 1, 4, 4)
+    y = model(x).argmax(1)
+    suite = [
+        SuiteAttack("dlr", "classifier", "apgd", {"epsilon": 0.01, "steps": 2, "loss": "dlr"}),
+        *(
+            SuiteAttack(f"t{rank}", "classifier", "apgd", {"epsilon": 0.01, "steps": 2, "loss": "dlr"}, target=rank)
+            for rank in (1, 2, 3, 4)
+        ),
+    ]
+    names = [row["attack"] for row in ladder(model, None, None, x, y, suite, **FACTS).rows[1:-1]]
+    assert names == ["dlr"] * dlr + [f"t{rank}" for rank in range(1, targets + 1)]
+
+
 def test_quick_and_full_are_the_budgets():
     quick, full = (attack_suite(SETTINGS, name) for name in BUDGETS)
     assert {each.name for each in quick} <= {each.name for each in full}
