@@ -78,6 +78,17 @@ def test_a_gradient_that_is_no_number_makes_no_image_that_is_none(name):
     assert (found - x).abs().max() <= 0.1 + 1e-6
 
 
+@pytest.mark.parametrize("loss", ["ce", "margin", "dlr"])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("name", ["pgd", "apgd"])
+def test_a_gradient_that_is_no_number_makes_no_image(name, norm, loss):
+    x = X * (X > 0.3)  # pixels at 0, where the gradient is NaN
+    found = getattr(attacks, name)(Root(), x, Y, epsilon=0.1, loss=loss, norm=norm, steps=5)
+    assert found.isfinite().all()
+    assert (found - x).abs().max() <= 0.1 + 1e-6
+    assert not torch.equal(found, x)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_logits_that_are_no_numbers_are_never_right_and_are_named(value):
     with pytest.warns(UserWarning, match="6 of 6 images have logits that are not finite: counted as wrong"):

@@ -67,8 +67,16 @@ class _AutoPGD(APGDAttack):
     """The library's, on any loss (n,) of logits and labels."""
 
     def __init__(self, model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], **options: Any) -> None:
-        super().__init__(model, loss="dlr", **options)
+        super().__init__(lambda x: model(_with_finite_gradient(x)), loss="dlr", **options)
         self.dlr_loss = loss
+
+
+def _with_finite_gradient(x: Tensor) -> Tensor:
+    """`x`; on the way back 0 where the gradient is no finite number, as `common.gradient_of` has it."""
+    x = x.clone()
+    if x.requires_grad:
+        x.register_hook(lambda gradient: torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0))
+    return x
 
 
 def apgd(

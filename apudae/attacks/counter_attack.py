@@ -90,8 +90,8 @@ def joint(
     below = -math.inf if low is None else float(dae.recon_mu + low * dae.recon_sigma)
     if not above > 0:
         raise ValueError(f"no reconstruction error is below μ {high:+g} σ = {above:g}, or μ and σ are unknown")
-    best, found = x, (torch.full_like(x[:, 0, 0, 0], size) for size in (torch.inf, -torch.inf))
-    least, highest = found
+    best, least = x, torch.full_like(x[:, 0, 0, 0], torch.inf)
+    highest = -least
     with frozen(model):
         for run in range(restarts):
             cold = x if run == 0 else (x + uniform(x, epsilon, generator)).clamp(0, 1)
