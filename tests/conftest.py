@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 import apudae
 from apudae.datasets import take
-from apudae.models import DAE
+from apudae.models import DAE, margin
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -36,6 +36,12 @@ def cnn():
 @pytest.fixture(scope="session")
 def dae():
     return apudae.load_model("mnist/dae")
+
+
+@torch.no_grad()
+def margins(model, x, y):
+    """How far each image (n,) is from being misread by `model`: negative where it is."""
+    return margin(model(x), y)
 
 
 def seeded(seed=0):

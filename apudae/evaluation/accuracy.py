@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from ..batching import in_batches
 from ..contracts import check_batch, frozen
-from ..models.classifiers import margin
 
 
 @dataclass(frozen=True)
@@ -88,13 +87,6 @@ def best_labels(model: nn.Module, x: Tensor, k: int, batch_size: int = 512) -> T
 def predict(model: nn.Module, x: Tensor, batch_size: int = 512) -> Tensor:
     """Predicted labels (n,)."""
     return best_labels(model, x, 1, batch_size)[:, 0]
-
-
-@torch.no_grad()
-def margins(model: nn.Module, x: Tensor, y: Tensor, batch_size: int = 512) -> Tensor:
-    """`classifiers.margin` of each image (n,): negative where `model` is wrong."""
-    with frozen(model):
-        return in_batches(lambda *batch: margin(model(batch[0]), batch[1]), x, y, batch_size=batch_size)
 
 
 def captions(model: nn.Module, x: Tensor, classes: list[str]) -> list[str]:

@@ -6,14 +6,14 @@ import weakref
 
 import pytest
 import torch
-from conftest import LinearDAE, images, linear_classifier, seeded, set_gradients, snapshot, tiny_dae
+from conftest import LinearDAE, images, linear_classifier, margins, seeded, set_gradients, snapshot, tiny_dae
 from pyautoattack.autopgd_base import APGDAttack
 from torch import nn
 
 from apudae import Purifier, PurifyConfig, attacks, trajectory
 from apudae.attacks import ATTACKS, ClassifierWithReconstructionError, apgd, counter_attack_b, joint, square
 from apudae.attacks.autoattack import autoattack
-from apudae.evaluation.accuracy import accuracy, margins
+from apudae.evaluation.accuracy import accuracy
 from apudae.evaluation.grid import run_attack
 from apudae.evaluation.surrogates import BPDA, EOT, FixedNoise, Trajectory
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import images, linear_classifier
+from conftest import images, linear_classifier, margins
 from torch import nn
 
 from apudae import PRESETS, Purifier, PurifyConfig, attacks
-from apudae.evaluation.accuracy import accuracy, margins, predict
+from apudae.evaluation.accuracy import accuracy, predict
 from apudae.evaluation.ladder import BUDGETS, Budget, SuiteAttack, attack_suite, ladder, margin_paths
 from apudae.evaluation.sanity import Quantised
 from apudae.models import margin
