@@ -1,6 +1,6 @@
 """Trained weights as safetensors beside a JSON file that says what they are. Nothing is ever unpickled.
 
-Networks of others (`classifiers.pretrained`) have the same entrance; of their files only tensors are read.
+Networks of others (`models.pretrained`) have the same entrance; of their files only tensors are read.
 """
 
 import hashlib
@@ -17,12 +17,19 @@ from .baselines.defense_gan import Generator
 from .baselines.magnet import MagNet
 from .contracts import check_known
 from .files import CHECKPOINTS, provenance, written_aside
-from .models.autoencoders import DAE, ResidualUNet, UNet
+from .models.autoencoders import DAE, FFDNet, ResidualUNet, UNet
 from .models.classifiers import CNN, MLP, ResNet, ResNet8, StridedCNN
 from .models.pretrained import PRETRAINED, is_pretrained, pretrained
 
 ARCHITECTURES = {"mlp": MLP, "cnn": CNN, "strided_cnn": StridedCNN, "resnet": ResNet, "resnet8": ResNet8}
-ARCHITECTURES |= {"dae": DAE, "unet": UNet, "residual_unet": ResidualUNet, "magnet": MagNet, "generator": Generator}
+ARCHITECTURES |= {
+    "dae": DAE,
+    "unet": UNet,
+    "residual_unet": ResidualUNet,
+    "ffdnet": FFDNet,
+    "magnet": MagNet,
+    "generator": Generator,
+}
 
 
 def save_model(path: str | Path, model: nn.Module, *, half: bool = False, **facts: Any) -> None:
@@ -43,7 +50,8 @@ def save_model(path: str | Path, model: nn.Module, *, half: bool = False, **fact
 def load_model(name: str | Path, device: str | torch.device = "cpu") -> nn.Module:
     """The trained network `name`, in eval mode: "mnist/dae", "mnist/classifier", …, or a path without its ending.
 
-    Networks for ImageNet: "imagenet/efficientnet_lite0", "timm:NAME", "torchvision:NAME" (`classifiers.pretrained`).
+    Networks of others: "imagenet/efficientnet_lite0", "cifar10/resnet18", "timm:NAME", "torchvision:NAME",
+    "pretrained:ffdnet@SIGMA" (`models.pretrained`).
     Raises ValueError for an unknown name, and for weights that are truncated or differ from what their JSON file says.
     """
     if is_pretrained(str(name)):

@@ -1,4 +1,4 @@
-"""A name checked against what there is; without torch, so that a command line answers at once."""
+"""Names: checked against what there is, and with a number after an @; without torch, for a command line's sake."""
 
 from collections.abc import Container
 
@@ -7,3 +7,15 @@ def check_known(kind: str, name: str, known: Container) -> None:
     """Raise ValueError, listing what there is, unless `name` is among `known`."""
     if name not in known:
         raise ValueError(f"{kind} {name!r} is unknown; there is: {', '.join(map(str, known))}")
+
+
+def split_number(spec: str, what: str, example: str) -> tuple[str, float | None]:
+    """The name and the number that `spec` gives after an @, None where it gives none: ("bim", 5/255) of "bim@5/255"."""
+    name, mark, text = spec.partition("@")
+    if not mark:
+        return name, None
+    numerator, _, denominator = text.partition("/")
+    try:
+        return name, float(numerator) / float(denominator or 1)
+    except (ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"{spec!r} names no {what}; needed: such as {example}") from error

@@ -2,17 +2,12 @@
 
 import math
 
+from ..names import split_number
+
 
 def parse_spec(spec: str) -> tuple[str, float | None]:
     """The attack and the ε that `spec` names, None where it names none: ("bim", 5/255) of "bim@5/255"."""
-    attack, mark, text = spec.partition("@")
-    if not mark:
-        return attack, None
-    numerator, _, denominator = text.partition("/")
-    try:
-        return attack, float(numerator) / float(denominator or 1)
-    except (ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"{spec!r} names no ε; needed: such as bim@5/255, bim@0.02 or cw@inf") from error
+    return split_number(spec, "ε", "bim@5/255, bim@0.02 or cw@inf")
 
 
 def spec_of(attack: str, epsilon: float) -> str:

@@ -13,7 +13,7 @@ from ..files import data_root
 from .folder import FolderImages
 from .imagenet import IMAGE_SIZE, bsds500, examples, imagenet
 from .selection import hold_out, stack, take
-from .small import CIFAR10_CLASSES, DIGITS, cifar10, mnist, mnist5k, zipped
+from .small import CIFAR10_CLASSES, DIGITS, cifar10, cifar10_examples, mnist, mnist5k, zipped
 
 __all__ = [
     "DATASETS",
@@ -77,7 +77,7 @@ PHOTOGRAPH_BUDGET = Budget(8 / 255, 1 / 255, (5 / 255, 25 / 255))
 _MNIST = {"classes": tuple(DIGITS), "noun": "digits", "budget": DIGIT_BUDGET, "published": "mnist"}
 _MNIST |= {"classifier": "mnist/classifier", "dae": "mnist/dae", "other": "mnist/cnn"}
 _CIFAR10 = {"classes": tuple(CIFAR10_CLASSES), "budget": COLOUR_BUDGET, "published": "cifar10"}
-_CIFAR10 |= {"classifier": "cifar10-jpeg/resnet8", "dae": "cifar10-jpeg/unet_fixed", "other": "cifar10-jpeg/classifier"}
+_CIFAR10 |= {"classifier": "cifar10/resnet18", "dae": "cifar10-jpeg/residual_unet", "other": "cifar10-jpeg/resnet8"}
 _IMAGENET = {"noun": "photographs", "budget": PHOTOGRAPH_BUDGET, "published": "imagenet"}
 _IMAGENET |= {"classifier": "imagenet/efficientnet_lite0", "dae": "imagenet/unet"}
 
@@ -86,6 +86,7 @@ DATASETS: dict[str, Entry] = {
     "mnist": Entry(_small(mnist), **_MNIST),
     "cifar10": Entry(_small(cifar10), **_CIFAR10),
     "cifar10-jpeg": Entry(_small(partial(zipped, "cifar10-jpeg.zip", classes=CIFAR10_CLASSES)), **_CIFAR10),
+    "cifar10-20": Entry(lambda *_: cifar10_examples(), ("test",), **_CIFAR10),
     "imagenet": Entry(partial(_photographs, {"train": "train", "test": "val"}, "imagenet"), **_IMAGENET),
     "imagenet-sample": Entry(partial(_photographs, {"test": ""}, "imagenet-sample"), ("test",), **_IMAGENET),
     "photographs": Entry(lambda split, size, _: examples(size or IMAGE_SIZE), ("test",), **_IMAGENET),
@@ -123,6 +124,7 @@ def load_dataset(
     - "cifar10": 50,000 train and 10,000 test colour images of 32×32, the same way.
     - "cifar10-jpeg": the same images after JPEG compression, read from cifar10-jpeg.zip in the folder APUDAE_DATA (or
       data/downloads), which is not unpacked.
+    - "cifar10-20": 20 of the original test images, carried by the package foolbox: "test" alone.
     - "folder:PATH": your images, one folder a class, with train/ and test/ above the classes or without (then every
       fifth image of a class is test). `image_size` resizes and crops to a square; needed where sizes differ.
     - "imagenet": ILSVRC-2012 in imagenet/train/ and imagenet/val/ (that is "test") of the folder APUDAE_DATA, a folder

@@ -5,6 +5,7 @@ import io
 import zipfile
 import zlib
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ MNIST_MD5 = {  # of the unpacked files, as published; torchvision checks the pac
 }
 LARGEST = 2**26  # bytes that an image in a ZIP file may unpack to
 MNIST5K_SHA256 = "809ec085d551285cf9efad12c42a6aead98c62f96eb9936cc5b778870773e50d"
+CIFAR10_20_SHA256 = "b92d7dfc28e661b1596e3d7ebe6f560c66a9676dedcd6a2ff31e2db87b29688e"
 DIGITS = [str(digit) for digit in range(10)]
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
@@ -84,6 +86,21 @@ def cifar10(split: str) -> TensorImages:
     found = _through_torchvision("CIFAR10", split, "cifar10", "cifar-10-batches-py")
     pixels = np.ascontiguousarray(found.data.transpose(0, 3, 1, 2))
     return TensorImages(pixels, np.array(found.targets), found.classes)
+
+
+def cifar10_examples() -> TensorImages:
+    """The 20 original test images that the package foolbox carries as data/cifar10_NUMBER_LABEL.png."""
+    package = find_spec("foolbox")  # not imported: of the package the images alone are needed
+    folder = Path(package.origin if package and package.origin else "").parent / "data"
+    files = sorted(folder.glob("cifar10_*.png"))
+    if not files:
+        raise ValueError("cifar10-20 needs the package foolbox; pip install -e '.[peers]'")
+    pixels = np.stack([np.asarray(Image.open(file).convert("RGB")).transpose(2, 0, 1) for file in files])
+    labels = np.array([int(file.stem.rpartition("_")[2]) for file in files])
+    found = hashlib.sha256(pixels.tobytes() + labels.astype(np.uint8).tobytes()).hexdigest()
+    if found != CIFAR10_20_SHA256:
+        raise ValueError(f"foolbox's images have SHA-256 {found}; needed: {CIFAR10_20_SHA256}; reinstall foolbox")
+    return TensorImages(pixels, labels, CIFAR10_CLASSES)
 
 
 def _md5(file: Path) -> str:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ..attacks import attack_settings, parse_spec, project
 from ..checkpoints import load_model
-from ..datasets import load_dataset, look_up, take
+from ..datasets import load_dataset, look_up, stack, take
 from ..files import ROOT, fingerprint, load_tensors, locked, run_folder, save_tensors
+from ..models import calibrate
 from ..purification import PurifyConfig, Step, trajectory
 from .accuracy import Accuracy, captions, predict
 from .grid import purified_rows, run_attack
@@ -161,7 +162,7 @@ def open_study(
         list(source.classes),
         entry.noun,
         load_model(names["classifier"], device),
-        None if dae is None else load_model(names["dae"], device),
+        None if dae is None else _calibrated(load_model(names["dae"], device), dataset),
         names | {"dae": names["dae"] or "", "seed": seed, "notebook": notebook},
         settings,
         settings["bim"]["epsilon"],
@@ -174,6 +175,13 @@ def open_study(
     for attack in attacks:
         study.attacked[attack], study.seconds[attack] = _attacked(study, attack)
     return study
+
+
+def _calibrated(dae: nn.Module, dataset: str) -> nn.Module:
+    """The autoencoder; one of a package, which has seen no data set, with μ and σ of this one's held-out images."""
+    if dae.recon_mu.isnan() and "train" in look_up(dataset).splits:
+        calibrate(dae, stack(load_dataset(dataset, "held_out"))[0])
+    return dae
 
 
 def _attacked(study: Study, attack: str) -> tuple[Tensor, float]:

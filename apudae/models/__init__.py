@@ -1,6 +1,6 @@
 """Networks: the autoencoders, the target classifiers, and networks of other packages."""
 
-from .autoencoders import DAE, ResidualUNet, UNet, calibrate, recon_error, squared_distance
+from .autoencoders import DAE, FFDNet, ResidualUNet, UNet, calibrate, recon_error, squared_distance
 from .classifiers import CNN, MLP, Normalize, ResNet, ResNet8, StridedCNN, margin
 from .pretrained import PRETRAINED, is_pretrained, pretrained
 
@@ -9,6 +9,7 @@ __all__ = [
     "DAE",
     "MLP",
     "PRETRAINED",
+    "FFDNet",
     "Normalize",
     "ResNet",
     "ResNet8",

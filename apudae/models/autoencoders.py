@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..batching import in_batches
-from ..contracts import check_images, check_whole, frozen
+from ..contracts import check_at_least, check_images, check_whole, frozen
 
 
 class Autoencoder(nn.Module):
@@ -172,6 +172,37 @@ class _Residual(nn.Module):
 
 def _residual_pair(width: int) -> nn.Sequential:
     return nn.Sequential(_Residual(width), _Residual(width))
+
+
+class FFDNet(Autoencoder):
+    """FFDNet (Zhang, Zuo, Zhang 2018): a denoiser of photographs that is told the noise; not in the paper.
+
+    The 2×2 blocks of the image become channels; `noise_std`, the noise that it is to take off (in [0, 1] pixels, fixed
+    here), comes as further ones; `depth` 3×3 convolutions of `width` features give the noise, which is subtracted.
+    """
+
+    def __init__(self, noise_std: float = 0.1, channels: int = 3, depth: int = 12, width: int = 96) -> None:
+        super().__init__("ffdnet", channels, depth, width)
+        check_at_least(0, noise_std=noise_std)
+        check_whole(2, depth=depth)
+        self.architecture["noise_std"] = self.noise_std = noise_std
+        inner = [
+            layer
+            for _ in range(depth - 2)
+            for layer in (nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        ]
+        self.output = nn.Conv2d(width, 4 * channels, 3, padding=1, bias=False)
+        first = nn.Conv2d(5 * channels, width, 3, padding=1, bias=False)
+        self.layers = nn.Sequential(first, nn.ReLU(), *inner, self.output)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.check(x)
+        height, width = x.shape[2:]
+        padded = _reflected(x, 2)
+        blocks = F.pixel_unshuffle(padded, 2)
+        told = blocks.new_full((len(blocks), self.channels, *blocks.shape[2:]), self.noise_std)
+        noise = F.pixel_shuffle(self.layers(torch.cat([told, blocks], 1)), 2)
+        return (padded - noise)[..., :height, :width]
 
 
 def _reflected(x: Tensor, multiple: int) -> Tensor:

@@ -2,6 +2,7 @@ import hashlib
 import io
 import os
 import pickle
+import sys
 import zipfile
 
 import numpy as np
@@ -89,7 +90,9 @@ def test_data_that_cannot_be_downloaded_say_what_to_do(tmp_path, monkeypatch, na
 
 @pytest.mark.parametrize("name", ["mnist6k", "", "MNIST", "folder"])
 def test_unknown_data_set_lists_what_there_is(name):
-    with pytest.raises(ValueError, match=r"mnist5k, mnist, cifar10, cifar10-jpeg, imagenet, .*, folder:PATH"):
+    with pytest.raises(
+        ValueError, match=r"mnist5k, mnist, cifar10, cifar10-jpeg, cifar10-20, imagenet, .*, folder:PATH"
+    ):
         load_dataset(name, "test")
 
 
@@ -411,3 +414,13 @@ def test_hold_out_parts_the_set(choose):
 def test_hold_out_needs_something_to_fit(n):
     with pytest.raises(ValueError, match=str(n)):
         hold_out(range(10), n)
+
+
+def test_the_20_original_images_of_cifar10_are_test_images_alone(monkeypatch):
+    dataset = load_dataset("cifar10-20", "test")
+    assert [len(dataset), dataset[0][0].shape, dataset.classes[dataset[0][1]]] == [20, (3, 32, 32), "cat"]
+    with pytest.raises(ValueError, match="cifar10-20 has no split 'train'; there is: test"):
+        load_dataset("cifar10-20", "train")
+    monkeypatch.setitem(sys.modules, "foolbox", None)
+    with pytest.raises(ValueError, match="cifar10-20 needs the package foolbox; pip install"):
+        load_dataset("cifar10-20", "test")

