@@ -82,7 +82,7 @@ def scenes(n: int) -> dict[str, tuple[nn.Module, Tensor, Tensor]]:
     return {
         "mnist": (apudae.load_model("mnist/dae"), attacked, stream),
         "3x32x32": (colour, pictures, pictures),
-        "cifar10 U-Net": (apudae.load_model("cifar10-jpeg/unet"), small, small),
+        "cifar10 residual U-Net": (apudae.load_model("cifar10-jpeg/residual_unet"), small, small),
         "photographs": (apudae.load_model("imagenet/unet"), large, large),
     }
 

@@ -157,20 +157,15 @@ CELLS = {  # a cell of each table
     "table 1, MNIST": ("mnist.csv", {"attack": "r_fgsm", "purifier": "B"}),
     "table 1, CIFAR-10": (
         "cifar10-jpeg.csv",
-        {"attack": "fgsm", "classifier": "cifar10-jpeg/classifier", "purifier": "A"},
+        {"attack": "fgsm", "classifier": "cifar10/resnet18", "purifier": "A"},
     ),
     "noise first, CIFAR-10": (
         "cifar10-jpeg.csv",
-        {
-            "attack": "fgsm",
-            "purifier": "direct + noise",
-            "dae": "cifar10-jpeg/unet",
-            "classifier": "cifar10-jpeg/resnet8",
-        },
+        {"attack": "fgsm", "classifier": "cifar10/resnet18", "purifier": "direct + noise"},
     ),
-    "trained on attacks, CIFAR-10": (
+    "the other target, CIFAR-10": (
         "cifar10-jpeg.csv",
-        {"attack": "fgsm", "purifier": "direct", "dae": "cifar10-jpeg/unet_attacked"},
+        {"attack": "fgsm", "classifier": "cifar10-jpeg/resnet8", "purifier": "direct"},
     ),
     "adversarial training, CIFAR-10": (
         "cifar10-jpeg.csv",
