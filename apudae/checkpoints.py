@@ -16,7 +16,7 @@ from torch import nn
 from .baselines.defense_gan import Generator
 from .baselines.magnet import MagNet
 from .contracts import check_known
-from .files import CHECKPOINTS, provenance, written_aside
+from .files import CHECKPOINTS, ROOT, provenance, written_aside
 from .models.autoencoders import DAE, FFDNet, ResidualUNet, UNet
 from .models.classifiers import CNN, MLP, ResNet, ResNet8, StridedCNN
 from .models.pretrained import PRETRAINED, is_pretrained, pretrained
@@ -48,19 +48,20 @@ def save_model(path: str | Path, model: nn.Module, *, half: bool = False, **fact
 
 
 def load_model(name: str | Path, device: str | torch.device = "cpu") -> nn.Module:
-    """The trained network `name`, in eval mode: "mnist/dae", "mnist/classifier", …, or a path without its ending.
+    """The trained network `name`, in eval mode: "mnist/dae", "mnist/classifier", …, or a path without its
+    ending, from the working folder or from the repository.
 
     Networks of others: "imagenet/efficientnet_lite0", "cifar10/resnet18", "timm:NAME", "torchvision:NAME",
-    "pretrained:ffdnet@SIGMA" (`models.pretrained`).
+    "pretrained:ffdnet@SIGMA", and your own, "python:MODULE:FUNCTION" (`models.pretrained`).
     Raises ValueError for an unknown name, and for weights that are truncated or differ from what their JSON file says.
     """
     if is_pretrained(str(name)):
         return pretrained(str(name)).to(device, memory_format=torch.channels_last)
-    path = CHECKPOINTS / name
-    if not _file(path, "json").is_file():
-        path = Path(name)
-    if not _file(path, "json").is_file():
-        check_known("checkpoint", str(name), [*checkpoint_names(), *PRETRAINED])
+    places = [CHECKPOINTS / name, Path(name), ROOT / name]  # shipped; from the working folder; from the repository
+    path = next((place for place in places if _file(place, "json").is_file()), None)
+    if path is None:
+        known = [*checkpoint_names(), *PRETRAINED]
+        raise ValueError(f"checkpoint {str(name)!r} is unknown; there is: {', '.join(known)}")
     described, weights = _read_sidecar(_file(path, "json")), _file(path, "safetensors")
     if not weights.is_file():
         raise ValueError(f"{weights} is missing beside its JSON file; restore it (git checkout) or train it again")

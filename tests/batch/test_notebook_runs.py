@@ -1,11 +1,15 @@
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from PIL import Image
 
 from apudae import files
 from apudae.batch import notebooks, parameters
@@ -13,6 +17,7 @@ from apudae.batch.cli import main
 from apudae.batch.html import page
 from apudae.batch.notebooks import NotebookError, run_notebook, tagged_text
 from apudae.batch.parameters import check_parameters, declared_parameters
+from apudae.evaluation.results import read_results
 from apudae.files import ROOT, RUNS, data_root
 
 APUDAE = Path(sys.executable).with_name("apudae")
@@ -294,3 +299,36 @@ def test_help_names_the_commands(monkeypatch, capsys):
     assert ended.value.code == 0
     names = re.findall(r"^  (\w+)  ", capsys.readouterr().out.split("Commands:")[1], re.M)
     assert names == ["notebooks", "report", "run", "sweep"]
+
+
+@pytest.mark.slow
+def test_a_folder_of_ones_own_images_goes_the_whole_way(tmp_path):
+    """README's own commands: train a classifier and an autoencoder on small colour images, attack, purify."""
+    generator = np.random.default_rng(0)
+    for channel, name in enumerate(("red", "green", "blue")):
+        (tmp_path / "mine" / name).mkdir(parents=True)
+        for index in range(40):
+            pixels = generator.integers(0, 90, (16, 16, 3), dtype=np.uint8)
+            pixels[4:12, 4:12, channel] = 200
+            Image.fromarray(pixels).save(tmp_path / "mine" / name / f"{index}.png")
+    runs = ROOT / "data" / "runs" / f".own-{tmp_path.name}"
+    general = ["-p", "dataset", f"folder:{tmp_path / 'mine'}", "-p", "run", "mine"]
+    ball, short = ["-p", "epsilon", "8/255"], ["-p", "batch_size", "32", "-p", "steps", "40"]
+    networks = [str(runs.relative_to(ROOT) / "mine" / name) for name in ("resnet8", "dae")]
+    named = ["-p", "classifier", networks[0], "-p", "dae", networks[1]]
+    environment = os.environ | {"APUDAE_RUNS": str(runs.relative_to(ROOT)), "PLOTLY_RENDERER": "plotly_mimetype"}
+    try:
+        for words in (
+            ["01_train_classifier", *ball, *short],
+            ["02_train_dae", "-p", "width", "8", *short],
+            ["05_purify_a", *ball, *named, "-p", "n", "12"],
+        ):
+            ran = subprocess.run(
+                [APUDAE, "run", *words, *general], env=environment, cwd=tmp_path, capture_output=True, text=True
+            )
+            assert ran.returncode == 0, ran.stderr
+        rows = read_results(runs / "mine" / "purified.csv")
+        assert set(rows.classifier) == {networks[0]}
+        assert rows[(rows.attack == "clean") & (rows.purifier == "none")].accuracy.item() == 1
+    finally:
+        shutil.rmtree(runs, ignore_errors=True)

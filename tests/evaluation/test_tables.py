@@ -14,7 +14,7 @@ from apudae import files
 from apudae.datasets import take
 from apudae.evaluation.accuracy import Accuracy, accuracy
 from apudae.evaluation.grid import run_attack
-from apudae.evaluation.headline import suite_table
+from apudae.evaluation.pages import suite_table
 from apudae.evaluation.results import read_results, result_row
 from apudae.evaluation.tables import knowing_table, main_table, of_study, side_by_side
 

@@ -146,3 +146,23 @@ def test_networks_of_torchvision_are_normalised_as_they_were_trained(monkeypatch
     x = images(1, 3, 64, 64)
     mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
     torch.testing.assert_close(load_model("torchvision:squeezenet1_1")(x), published((x - mean) / std))
+
+
+def test_a_network_of_ones_own_module(monkeypatch, tmp_path):
+    (tmp_path / "mine_own.py").write_text("import torch\nbuild = lambda: torch.nn.Flatten()\nwrong = lambda: 3\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert load_model("python:mine_own:build")(images(2, 1, 2, 2)).shape == (2, 4)
+    for name, named in {
+        "mine_own:wrong": "gives int",
+        "mine_own:none": "gives no network",
+        "no_such:x": "no network",
+    }.items():
+        with pytest.raises(ValueError, match=named):
+            load_model(f"python:{name}")
+
+
+def test_resnet8_for_other_images():
+    model = ResNet8(4, channels=1, classes=3).eval()
+    assert model(images(2, 1, 16, 20)).shape == (2, 3)
+    with pytest.raises(ValueError, match="classes is 1"):
+        ResNet8(4, classes=1)

@@ -1,9 +1,12 @@
-"""README's first table, made from rows of the attack suite: every column of the same images.
+"""The tables of README and of the pages in data/results/, made from rows: each stands between markers that say which.
 
-python -m apudae.evaluation.headline    # writes it between the markers of README.md
+python -m apudae.evaluation.pages    # writes them
 """
 
 import json
+import re
+import shlex
+from pathlib import Path
 
 import pandas as pd
 
@@ -11,11 +14,11 @@ from ..datasets import look_up
 from ..files import RESULTS, ROOT, written_aside
 from ..purification.config import PRESETS
 from .results import read_results
-from .tables import with_interval
+from .tables import PLAIN, main_table, of_study, published, with_interval
 
 FILES = ("mnist-adaptive.csv", "cifar10-jpeg.csv")
 SHOWN = 0.1
-BEGIN, END = "<!-- headline: made from rows by `make readme` -->", "<!-- end of headline -->"
+MARKED = re.compile(r"<!-- table: (.*?) -->\n.*?<!-- end of table -->", re.DOTALL)
 DEFENSE = ["dataset", "classifier", "dae", "purifier", "step_size", "steps"]
 
 
@@ -72,14 +75,64 @@ def _label(line: dict, entry: object) -> str:
     return ", ".join(words) + " †" * (not line["budget"])
 
 
+def gray_box(
+    name: str, classifier: str, dae: str, steps: str = "15", step_size: str = "0.01", metric: str = "top-1"
+) -> str:
+    """Attack × purifier of the rows in data/results/`name`, in Markdown; `steps`: n, several separated by commas.
+
+    Bold: the best of a line, and what its interval does not tell from it. "(200)": so many images, fewer than most.
+    The paper's figures stand beside those of its own metric alone. Attacks that no purifier has met are left out.
+    """
+    wanted = [int(text) for text in steps.split(",")]
+    rows = of_study(read_results(RESULTS / name), classifier, dae, wanted, float(step_size), metric)
+    drawn = main_table(rows)[0]
+    drawn = drawn[drawn.attack.isin(drawn[drawn.purifier != "none"].attack)]
+    dataset, purifiers, most = drawn.dataset.iloc[0], list(dict.fromkeys(drawn.purifier)), drawn.n.mode().max()
+    theirs = {"photographs": "top-10 of right"}.get(look_up(dataset).noun, "top-1")
+    paper = published(dataset if metric == theirs else "")
+    best = paper.drop(columns=[*PLAIN, "magnet", "defense_gan"], errors="ignore").max(axis=1)
+    beside = {"paper: none": paper["none"], "paper: best": best} if len(paper) else {}
+    headings = ["", *purifiers, *beside]
+    lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
+    for attack, line in drawn.groupby("attack", sort=False):
+        figures = line.set_index("purifier")
+        top = figures.drop("none", errors="ignore").accuracy.max()
+        cells = [_cell(figures.loc[one], top, most) if one in figures.index else "–" for one in purifiers]
+        cells += [f"{found[attack]:.3f}" if pd.notna(found.get(attack)) else "–" for found in beside.values()]
+        lines.append(f"| {attack} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(figure: pd.Series, top: float, most: int) -> str:
+    text = f"{figure.accuracy:.3f}"
+    text = f"**{text}**" if figure.ci_high >= top and figure.name != "none" else text
+    return text + (f" ({figure.n})" if figure.n < most else "")
+
+
+TABLES = {"suite": headline, "gray_box": gray_box}
+
+
+def pages() -> list[Path]:
+    """README, and the pages beside the rows."""
+    return [ROOT / "README.md", *sorted(RESULTS.glob("*.md"))]
+
+
+def with_tables(text: str) -> str:
+    """`text`, each table between markers made anew: <!-- table: KIND WORDS --> … <!-- end of table -->."""
+
+    def made(found: re.Match) -> str:
+        kind, *words = shlex.split(found[1])
+        return f"<!-- table: {found[1]} -->\n\n{TABLES[kind](*words)}\n\n<!-- end of table -->"
+
+    return MARKED.sub(made, text)
+
+
 def main() -> None:
-    """Write the table into README.md."""
-    path = ROOT / "README.md"
-    text = path.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    after = rest.partition(END)[2]
-    with written_aside(path) as aside:
-        aside.write_text(f"{before}{BEGIN}\n\n{headline()}\n\n{END}{after}", encoding="utf-8")
+    """Write the tables into the pages."""
+    for path in pages():
+        text = with_tables(path.read_text(encoding="utf-8"))
+        with written_aside(path) as aside:
+            aside.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
