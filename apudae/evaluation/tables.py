@@ -23,9 +23,10 @@ def published(dataset: str) -> pd.DataFrame:
     ]
 
 
-def labelled(rows: pd.DataFrame) -> pd.DataFrame:
-    """`rows`, each attack called by its ε too (`attacks.spec_of`) where that is not the data set's own."""
-    own = rows.dataset.map({name: getattr(look_up(name).budget, "epsilon", None) for name in rows.dataset.unique()})
+def labelled(rows: pd.DataFrame, epsilon: float | None = None) -> pd.DataFrame:
+    """`rows`, each attack called by its ε too (`attacks.spec_of`) where that is not `epsilon` or the data set's."""
+    sizes = {name: epsilon or getattr(look_up(name).budget, "epsilon", None) for name in rows.dataset.unique()}
+    own = rows.dataset.map(sizes)
     other = rows.epsilon.notna() & ~((rows.epsilon - own.astype(float)).abs() < 1e-6)
     specs = [spec_of(*pair) for pair in zip(rows.attack, rows.epsilon, strict=True)]
     return rows.assign(attack=rows.attack.mask(other, pd.Series(specs, rows.index, dtype=object)))

@@ -16,7 +16,7 @@ from apudae.evaluation.accuracy import Accuracy, accuracy
 from apudae.evaluation.grid import run_attack
 from apudae.evaluation.pages import suite_table
 from apudae.evaluation.results import read_results, result_row
-from apudae.evaluation.tables import knowing_table, main_table, of_study, side_by_side
+from apudae.evaluation.tables import knowing_table, labelled, main_table, of_study, side_by_side
 
 STUDY = {"classifier": "mnist/classifier", "dae": "mnist/dae", "steps": [15, 12], "step_size": 0.01}
 
@@ -199,3 +199,11 @@ def test_shipped_weights_give_a_cell_of_each_table_again(cell):
     attacked = run_attack("bim" if knows else kept.attack, target, x, y, seed=int(kept.seed), **parameters)
     again = accuracy(nn.Sequential(purifier, model), attacked, y)
     assert kept.ci_low <= again.value <= kept.ci_high, f"{again}, the row: {kept.accuracy}"
+
+
+def test_attacks_of_another_size_are_called_by_it():
+    sizes = pd.DataFrame({"dataset": "mnist", "attack": ["clean", "bim", "bim"], "epsilon": [None, 0.1, 5 / 255]})
+    assert labelled(sizes).attack.tolist() == ["clean", "bim", "bim@5/255"]
+    assert labelled(sizes, 5 / 255).attack.tolist() == ["clean", "bim@0.1", "bim"]
+    own = sizes.assign(dataset="folder:mine")
+    assert labelled(own, 0.1).attack.tolist() == ["clean", "bim", "bim@5/255"]
