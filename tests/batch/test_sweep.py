@@ -221,11 +221,11 @@ def test_small_configuration_has_the_keys_of_the_large_one():
 def test_profiles(monkeypatch):
     assert read_profile("local")["executor"] == "local"
     assert read_profile("cuda")["config"] == {"device": "cuda", "notebooks_per_gpu": "1"}
-    with pytest.raises(ValueError, match="profile 'cloud' is unknown; there is: cuda, kubernetes, local, slurm"):
+    with pytest.raises(ValueError, match="profile 'cloud' is unknown; there is: cuda, local, slurm"):
         read_profile("cloud")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="needs Snakemake's engine for kubernetes, which is not installed"):
-        read_profile("kubernetes")
+    with pytest.raises(ValueError, match="needs Snakemake's engine for slurm, which is not installed"):
+        read_profile("slurm")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(ValueError, match="needs slurm, which is not installed here: there is no sbatch"):
