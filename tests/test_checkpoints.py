@@ -177,7 +177,7 @@ def test_shipped_checkpoint_loads_and_says_where_it_came_from(name):
 
 def test_all_checkpoints_are_small_and_nothing_else_lies_there():
     files = [file for file in CHECKPOINTS.rglob("*") if file.is_file()]
-    assert sum(file.stat().st_size for file in files) < 25_000_000
+    assert sum(file.stat().st_size for file in files) < 40_000_000
     assert {file.suffix for file in files} == {".json", ".safetensors"}
 
 

@@ -77,7 +77,7 @@ PHOTOGRAPH_BUDGET = Budget(8 / 255, 1 / 255, (5 / 255, 25 / 255))
 _MNIST = {"classes": tuple(DIGITS), "noun": "digits", "budget": DIGIT_BUDGET, "published": "mnist"}
 _MNIST |= {"classifier": "mnist/classifier", "dae": "mnist/dae", "other": "mnist/cnn"}
 _CIFAR10 = {"classes": tuple(CIFAR10_CLASSES), "budget": COLOUR_BUDGET, "published": "cifar10"}
-_CIFAR10 |= {"classifier": "cifar10/resnet18", "dae": "cifar10-jpeg/residual_unet", "other": "cifar10-jpeg/resnet8"}
+_CIFAR10 |= {"classifier": "cifar10/resnet18", "dae": "cifar10-jpeg/residual_unet_05", "other": "cifar10-jpeg/resnet8"}
 _IMAGENET = {"noun": "photographs", "budget": PHOTOGRAPH_BUDGET, "published": "imagenet"}
 _IMAGENET |= {"classifier": "imagenet/efficientnet_lite0", "dae": "imagenet/unet"}
 
