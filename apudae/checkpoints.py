@@ -58,10 +58,9 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> nn.Modul
     if is_pretrained(str(name)):
         return pretrained(str(name)).to(device, memory_format=torch.channels_last)
     places = [CHECKPOINTS / name, Path(name), ROOT / name]  # shipped; from the working folder; from the repository
-    path = next((place for place in places if _file(place, "json").is_file()), None)
-    if path is None:
-        known = [*checkpoint_names(), *PRETRAINED]
-        raise ValueError(f"checkpoint {str(name)!r} is unknown; there is: {', '.join(known)}")
+    path = next((place for place in places if _file(place, "json").is_file()), places[0])
+    if not _file(path, "json").is_file():
+        check_known("checkpoint", str(name), [*checkpoint_names(), *PRETRAINED])
     described, weights = _read_sidecar(_file(path, "json")), _file(path, "safetensors")
     if not weights.is_file():
         raise ValueError(f"{weights} is missing beside its JSON file; restore it (git checkout) or train it again")

@@ -182,8 +182,10 @@ def test_all_checkpoints_are_small_and_nothing_else_lies_there():
 
 
 def test_nothing_is_ever_unpickled():
-    for module in (ROOT / "apudae").glob("*.py"):
-        assert not re.search(r"\bpickle|torch\.(load|save)\b|allow_pickle|joblib|\bshelve", module.read_text()), module
+    """Files of other packages are read by torch's reader of tensors alone, which runs no code."""
+    for module in (ROOT / "apudae").rglob("*.py"):
+        text = re.sub(r"torch\.load\([^()]*weights_only=True\)", "", module.read_text())
+        assert not re.search(r"\bpickle|torch\.(load|save)\b|allow_pickle|joblib|\bshelve", text), module
 
 
 def test_networks_of_colour_images_come_channels_last():

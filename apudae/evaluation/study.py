@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 from torch import Tensor, nn
 
 from ..attacks import attack_settings, parse_spec, project
@@ -178,7 +179,11 @@ def open_study(
 
 
 def _calibrated(dae: nn.Module, dataset: str) -> nn.Module:
-    """The autoencoder; one of a package, which has seen no data set, with μ and σ of this one's held-out images."""
+    """The autoencoder; one that has no μ and σ, of a package or your own, with those of this set's held-out images."""
+    for name in ("recon_mu", "recon_sigma"):
+        if not hasattr(dae, name):
+            place = next(iter([*dae.parameters(), *dae.buffers()]), torch.empty(0)).device
+            dae.register_buffer(name, torch.tensor(torch.nan, device=place))
     if dae.recon_mu.isnan() and "train" in look_up(dataset).splits:
         calibrate(dae, stack(load_dataset(dataset, "held_out"))[0])
     return dae

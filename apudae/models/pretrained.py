@@ -90,10 +90,10 @@ def _ffdnet(name: str) -> FFDNet:
 
 
 def _of_a_module(name: str) -> nn.Module:
-    _, module, function = [*name.split(":"), "", ""][:3]
+    module, _, function = name.removeprefix("python:").partition(":")
     try:
         network = getattr(importlib.import_module(module), function)()
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
+    except Exception as error:  # whatever that module raises
         raise ValueError(f"{name} gives no network ({error}); needed: python:MODULE:FUNCTION, importable") from error
     if not isinstance(network, nn.Module):
         raise ValueError(f"{name} gives {type(network).__name__}; needed: a torch.nn.Module")
