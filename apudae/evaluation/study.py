@@ -81,15 +81,19 @@ class Study:
         seed = self.names["seed"]
         return {attack: trajectory(self.dae, self.attacked[attack][:n], config, seed) for attack in attacks}
 
-    def strip(self, attack: str, purified: Tensor, purifier: str, count: int = 5) -> tuple[dict, dict]:
+    def strip(
+        self, attack: str, purified: Tensor, purifier: str, count: int = 5, **between: Tensor
+    ) -> tuple[dict, dict]:
         """For `plots.image_strip`: images that the attack changed, those first that `purified` did not save.
 
-        Below each stands the true label and what the classifier reads; the last column is what is left, × 10.
+        Below each stands the true label and what the classifier reads; the last column is what is left, × 10. Images
+        `between` attacked and purified ones are columns of that name.
         """
         clean, before, y = self.x[: len(purified)], self.attacked[attack][: len(purified)], self.y[: len(purified)]
         fooled, failed = (predict(self.classifier, images) != y for images in (before, purified))
         chosen = (fooled.int() + failed.int()).argsort(descending=True, stable=True)[:count].cpu()
-        shown = {"clean": clean[chosen], attack.upper(): before[chosen], purifier: purified[chosen]}
+        columns = {"clean": clean, attack.upper(): before, **between, purifier: purified}
+        shown = {name: images[chosen] for name, images in columns.items()}
         read = {name: captions(self.classifier, images, self.classes) for name, images in shown.items()}
         read["clean"] = [f"is {self.classes[label]}" for label in y[chosen].tolist()]
         return shown | {"left × 10": 0.5 + 10 * (shown[purifier] - shown["clean"])}, read
