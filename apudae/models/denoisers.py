@@ -1,5 +1,7 @@
 """Denoisers of other libraries as autoencoders: told the noise, any height and width; not in the paper."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from ..contracts import check_noise_std
@@ -36,8 +38,8 @@ class OneStepDiffusion(Denoiser):
     """
 
     def __init__(self, network: nn.Module, alphas_cumprod: Tensor, noise_std: float) -> None:
-        halvings = len(network.config.block_out_channels) - 1
-        super().__init__(network, noise_std, network.config.in_channels, 2**halvings)
+        config: Any = network.config
+        super().__init__(network, noise_std, config.in_channels, 2 ** (len(config.block_out_channels) - 1))
         alphas = alphas_cumprod.double()
         ratios = (1 / alphas - 1).sqrt()
         if 2 * noise_std > ratios.max():

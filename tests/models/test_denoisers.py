@@ -1,3 +1,4 @@
+import inspect
 import sys
 from dataclasses import replace
 from functools import partial
@@ -87,26 +88,28 @@ def follows_the_contract(dae, channels):
 # --- DeepInverse ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def untrained(monkeypatch):
-    """DeepInverse's classes with random weights in place of a download, and small; they still get our options."""
-    models = pytest.importorskip("deepinv.models")
-    for kind in {kind.partition(":")[0] for kind in DEEPINV}:
-        monkeypatch.setattr(models, kind, partial(getattr(models, kind), pretrained=None, **SMALL.get(kind, {})))
-    torch.manual_seed(0)
-
-
 @pytest.mark.parametrize("kind", DEEPINV)
-def test_denoisers_of_deepinverse(untrained, kind):
-    level = 2 if kind.startswith("DnCNN") else 25
-    channels = 1 if kind.endswith(":gray") else 3
+def test_denoisers_of_deepinverse(monkeypatch, kind):
+    """With random weights in place of a download, in the library's own class, and small."""
+    models = pytest.importorskip("deepinv.models")
+    (weights, options, _, _), (name, _, gray) = DEEPINV[kind], kind.partition(":")
+    made = partial(getattr(models, name), **SMALL.get(name, {}))
+    source = inspect.getsource(sys.modules[made.func.__module__])
+    assert all(f'"{part}"' in source for part in weights.split("/")), "the library's own weights"
+    torch.manual_seed(0)
+    theirs, asked = made(**options, pretrained=None).eval(), {}
+    found = {"params": theirs.state_dict()} if name == "Restormer" else theirs.state_dict()
+    monkeypatch.setattr(models, name, made)
+    monkeypatch.setattr(models.utils, "load_state_dict_from_url", lambda url, **how: asked.update(how) or found)
+    channels, level = 1 if gray else 3, 2 if name == "DnCNN" else 25
     dae = load_model(f"deepinv:{kind}@{level}/255")
+    assert asked["weights_only"]
     follows_the_contract(dae, channels)
     x = images(2, channels, 64, 64)
     with torch.no_grad():
-        torch.testing.assert_close(dae(x), dae.network(x, level / 255))  # the library's own answer
-        told = not torch.equal(dae.network(x, 0.1), dae.network(x, 0.2))
-    assert told == (kind.partition(":")[0] in ("DRUNet", "FFDNet"))
+        torch.testing.assert_close(dae(x), theirs(x, level / 255))
+        told = not torch.equal(theirs(x, 0.1), theirs(x, 0.2))
+    assert told == (name in ("DRUNet", "FFDNet"))
 
 
 class Unpickled:
@@ -122,7 +125,6 @@ def test_downloaded_weights_are_read_and_nothing_is_unpickled(monkeypatch, tmp_p
     """What the library finds among its downloads is random here; the second time it is a pickle that runs code."""
     models = pytest.importorskip("deepinv.models")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)
     torch.manual_seed(1)
     theirs, file = models.DnCNN(pretrained=None), tmp_path / "hub" / "checkpoints" / "dncnn_sigma2_color.pth"
     file.parent.mkdir(parents=True)
