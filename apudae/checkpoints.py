@@ -52,7 +52,8 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> nn.Modul
     ending, from the working folder or from the repository.
 
     Networks of others: "imagenet/efficientnet_lite0", "cifar10/resnet18", "timm:NAME", "torchvision:NAME",
-    "pretrained:ffdnet@SIGMA", and your own, "python:MODULE:FUNCTION" (`models.pretrained`).
+    "pretrained:ffdnet@SIGMA", "deepinv:NAME@SIGMA", "diffusers:NAME@SIGMA", and your own, "python:MODULE:FUNCTION"
+    (`models.pretrained`).
     Raises ValueError for an unknown name, and for weights that are truncated or differ from what their JSON file says.
     """
     if is_pretrained(str(name)):

@@ -104,13 +104,20 @@ def check_whole(minimum: int, **values: int) -> None:
             raise ValueError(f"{name} is {value!r}; needed: a whole number of at least {minimum}")
 
 
-def imported(module: str, what: str) -> ModuleType:
-    """An optional package's `module`, imported. ValueError, which says how to install it, where it is missing."""
+def check_noise_std(noise_std: float) -> None:
+    """Raise ValueError unless `noise_std`, σ of the noise that a denoiser takes off, is above 0 and at most 1."""
+    value = _scalar(noise_std)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value <= 1:
+        raise ValueError(f"σ is {value!r}; needed: above 0 and at most 1 (σ is in [0, 1] pixels: 50/255)")
+
+
+def imported(module: str, what: str, extra: str = "imagenet") -> ModuleType:
+    """An optional package's `module`, imported. ValueError, which names the `extra` to install, where it is missing."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.split(".")[0].replace("_", "-")
-        raise ValueError(f"{what} needs the package {package} ({error}); pip install -e '.[imagenet]'") from error
+        raise ValueError(f"{what} needs the package {package} ({error}); pip install -e '.[{extra}]'") from error
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..batching import in_batches
-from ..contracts import check_at_least, check_images, check_whole, frozen
+from ..contracts import check_images, check_noise_std, check_whole, frozen
 
 
 class Autoencoder(nn.Module):
@@ -18,9 +18,9 @@ class Autoencoder(nn.Module):
     recon_mu: Tensor
     recon_sigma: Tensor
 
-    def __init__(self, name: str, channels: int, depth: int, width: int) -> None:
+    def __init__(self, name: str, channels: int, **sizes: int) -> None:
         super().__init__()
-        self.architecture = {"name": name, "channels": channels, "depth": depth, "width": width}
+        self.architecture = {"name": name, "channels": channels, **sizes}
         self.channels = channels
         self.register_buffer("recon_mu", torch.tensor(torch.nan))
         self.register_buffer("recon_sigma", torch.tensor(torch.nan))
@@ -38,8 +38,9 @@ class Autoencoder(nn.Module):
             raise ValueError(
                 f"images have shape {tuple(x.shape)}; this autoencoder needs (n, {self.channels}, height, width)"
             )
-        if x.dtype != self.output.weight.dtype:
-            raise ValueError(f"images are {x.dtype}, this autoencoder is {self.output.weight.dtype}; needed: the same")
+        dtype = next(self.parameters()).dtype
+        if x.dtype != dtype:
+            raise ValueError(f"images are {x.dtype}, this autoencoder is {dtype}; needed: the same")
 
 
 class DAE(Autoencoder):
@@ -50,7 +51,7 @@ class DAE(Autoencoder):
     """
 
     def __init__(self, channels: int = 1, depth: int = 5, width: int = 64) -> None:
-        super().__init__("dae", channels, depth, width)
+        super().__init__("dae", channels, depth=depth, width=width)
         features = [channels] + [width] * depth
         self.encoder = nn.ModuleList(
             _block(nn.Conv2d(before, width, 3, 2 if i == 0 else 1, 1), width) for i, before in enumerate(features[:-1])
@@ -87,7 +88,7 @@ class UNet(Autoencoder):
     """
 
     def __init__(self, channels: int = 3, depth: int = 5, width: int = 48) -> None:
-        super().__init__("unet", channels, depth, width)
+        super().__init__("unet", channels, depth=depth, width=width)
         check_whole(1, depth=depth)
         wide = 2 * width
         self.first = _leaky(channels, width)
@@ -101,7 +102,7 @@ class UNet(Autoencoder):
     def forward(self, x: Tensor) -> Tensor:
         self.check(x)
         height, width = x.shape[2:]
-        h = padded = _reflected(x, 2 ** len(self.down))
+        h = padded = reflected(x, 2 ** len(self.down))
         skips, h = [padded], self.first(padded)
         for block in self.down:
             h = F.max_pool2d(block(h), 2)
@@ -132,7 +133,7 @@ class ResidualUNet(Autoencoder):
     """
 
     def __init__(self, channels: int = 3, depth: int = 3, width: int = 64) -> None:
-        super().__init__("residual_unet", channels, depth, width)
+        super().__init__("residual_unet", channels, depth=depth, width=width)
         check_whole(1, depth=depth, width=width)
         features = [width * 2**scale for scale in range(depth)]
         self.first = nn.Conv2d(4 * channels, width, 3, padding=1)
@@ -145,7 +146,7 @@ class ResidualUNet(Autoencoder):
     def forward(self, x: Tensor) -> Tensor:
         self.check(x)
         height, width = x.shape[2:]
-        padded = _reflected(x, 2 ** len(self.down))
+        padded = reflected(x, 2 ** len(self.down))
         h, skips = self.first(F.pixel_unshuffle(padded, 2)), []
         for blocks, coarser in zip(self.down, [*self.coarser, None], strict=True):
             h = blocks(h)
@@ -182,8 +183,8 @@ class FFDNet(Autoencoder):
     """
 
     def __init__(self, noise_std: float = 0.1, channels: int = 3, depth: int = 12, width: int = 96) -> None:
-        super().__init__("ffdnet", channels, depth, width)
-        check_at_least(0, noise_std=noise_std)
+        super().__init__("ffdnet", channels, depth=depth, width=width)
+        check_noise_std(noise_std)
         check_whole(2, depth=depth)
         self.architecture["noise_std"] = self.noise_std = noise_std
         inner = [
@@ -198,14 +199,14 @@ class FFDNet(Autoencoder):
     def forward(self, x: Tensor) -> Tensor:
         self.check(x)
         height, width = x.shape[2:]
-        padded = _reflected(x, 2)
+        padded = reflected(x, 2)
         blocks = F.pixel_unshuffle(padded, 2)
         told = blocks.new_full((len(blocks), self.channels, *blocks.shape[2:]), self.noise_std)
         noise = F.pixel_shuffle(self.layers(torch.cat([told, blocks], 1)), 2)
         return (padded - noise)[..., :height, :width]
 
 
-def _reflected(x: Tensor, multiple: int) -> Tensor:
+def reflected(x: Tensor, multiple: int) -> Tensor:
     """`x` continued below and to the right by reflection, as often as needed, to sides that are multiples."""
     for dimension in (2, 3):
         size = x.shape[dimension]

