@@ -11,6 +11,8 @@ def check_known(kind: str, name: str, known: Container) -> None:
 
 def split_number(spec: str, what: str, example: str) -> tuple[str, float | None]:
     """The name and the number that `spec` gives after an @, None where it gives none: ("bim", 5/255) of "bim@5/255"."""
+    if not isinstance(spec, str):
+        raise ValueError(f"{spec!r} is no text; needed: such as {example}")
     name, mark, text = spec.partition("@")
     if not mark:
         return name, None

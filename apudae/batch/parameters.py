@@ -116,8 +116,14 @@ def _plain(kind: Any, value: Any, default: Any) -> Any:
         return _number(value)
     if type(value) is not kind:
         raise ValueError
-    if kind is list and default and all(type(each) in (int, float) for each in default):
-        return [_number(each) if isinstance(each, str) else each for each in value]
+    kinds = {type(each) for each in default} if kind is list else set()
+    one = next(iter(kinds)) if len(kinds) == 1 else float if kinds == {int, float} else None
+    if one in (int, float, str):  # of numbers or of words, as the default; never without any
+        if not value:
+            raise ValueError("needed: at least one")
+        value = [_as(one, each, "") for each in value]
+        for each in value:
+            _check_value("", each)
     return value
 
 
