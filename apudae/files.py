@@ -24,6 +24,11 @@ os.umask(UMASK)  # there is no other way to read it
 RUNS = ROOT / os.environ.get("APUDAE_RUNS", "data/runs")  # where notebooks write
 
 
+def here() -> Path:
+    """The folder where the user stands: commands hand it on as APUDAE_HERE to what they start elsewhere."""
+    return Path(os.environ.get("APUDAE_HERE") or Path.cwd())
+
+
 def data_root() -> Path:
     """The folder of data sets: the environment variable APUDAE_DATA (relative to the repository) or data/downloads."""
     return (ROOT / os.environ.get("APUDAE_DATA", DOWNLOADS)).resolve()

@@ -11,7 +11,7 @@ def parse_spec(spec: str) -> tuple[str, float | None]:
 
 
 def name_among(attack: str, epsilon: float, usual: float) -> str:
-    """How that attack at that ε is called where `usual` is the others': by its name alone if they agree, or without ε."""
+    """How that attack at that ε is called where `usual` is the ε of all: by its name alone if they agree."""
     return attack if math.isnan(epsilon) or abs(epsilon - usual) < 1e-6 else spec_of(attack, epsilon)
 
 

