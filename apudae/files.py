@@ -29,6 +29,12 @@ def here() -> Path:
     return Path(os.environ.get("APUDAE_HERE") or Path.cwd())
 
 
+def from_root(path: Path) -> str:
+    """How `path` is called: from the repository's root where it is below that, which names it on every machine."""
+    path = Path(os.path.abspath(path))
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+
+
 def data_root() -> Path:
     """The folder of data sets: the environment variable APUDAE_DATA (relative to the repository) or data/downloads."""
     return (ROOT / os.environ.get("APUDAE_DATA", DOWNLOADS)).resolve()

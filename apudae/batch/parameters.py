@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from ..files import CHECKPOINTS, ROOT, run_folder
+from ..files import CHECKPOINTS, ROOT, from_root, run_folder
 from ..names import FOLDER, check_known
 
 NOTEBOOKS = ROOT / "notebooks"
@@ -166,8 +166,7 @@ def _from_here(value: Any) -> Any:
         return value if path.startswith("~") else FOLDER + os.path.abspath(path)
     if os.path.isfile(CHECKPOINTS / f"{value}.json") or not os.path.isfile(f"{value}.json"):
         return value  # shipped, or no checkpoint
-    here = Path(os.path.abspath(value))
-    return str(here.relative_to(ROOT) if here.is_relative_to(ROOT) else here)
+    return from_root(Path(value))
 
 
 class _Loader(yaml.SafeLoader):

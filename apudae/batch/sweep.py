@@ -13,7 +13,7 @@ import yaml
 from ..checkpoints import load_model
 from ..contracts import check_known
 from ..datasets import SPLITS, look_up
-from ..files import CHECKPOINTS, ROOT, RUNS, run_folder
+from ..files import CHECKPOINTS, ROOT, RUNS, from_root, run_folder
 from ..names import FOLDER
 from ..purification.config import PRESETS
 from .parameters import NOTEBOOKS, check_parameters, declared_parameters, from_here, read_mapping
@@ -62,7 +62,7 @@ def _targets(steps: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
             given = step["parameters"]
             network = given.get("architecture", step["declared"].get("architecture", step["notebook"]))
             target = given.get("output") or f"data/runs/{given['run']}/{network}"
-            found.setdefault(str((ROOT / target).resolve().relative_to(ROOT)), []).append(name)
+            found.setdefault(from_root((ROOT / target).resolve()), []).append(name)
         step.pop("declared")
     return found
 
