@@ -5,13 +5,14 @@ Networks of others (`models.pretrained`) have the same entrance; of their files 
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from .baselines.defense_gan import Generator
 from .baselines.magnet import MagNet
@@ -56,12 +57,14 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> nn.Modul
     (`models.pretrained`).
     Raises ValueError for an unknown name, and for weights that are truncated or differ from what their JSON file says.
     """
+    if not isinstance(name, str | Path):
+        raise ValueError(f"a network's name is {name!r}; needed: text, or a path")
     if is_pretrained(str(name)):
         return pretrained(str(name)).to(device, memory_format=torch.channels_last)
     places = [CHECKPOINTS / name, Path(name), ROOT / name]  # shipped; from the working folder; from the repository
-    path = next((place for place in places if _file(place, "json").is_file()), places[0])
-    if not _file(path, "json").is_file():
-        check_known("checkpoint", str(name), [*checkpoint_names(), *PRETRAINED])
+    path = next((place for place in places if os.path.isfile(_file(place, "json"))), places[0])
+    if not os.path.isfile(_file(path, "json")):  # nor for a name that no file can have
+        check_known("checkpoint", str(name)[:100], [*checkpoint_names(), *PRETRAINED])
     described, weights = _read_sidecar(_file(path, "json")), _file(path, "safetensors")
     if not weights.is_file():
         raise ValueError(f"{weights} is missing beside its JSON file; restore it (git checkout) or train it again")
@@ -70,13 +73,12 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> nn.Modul
             f"{weights} is not the file its JSON file describes (SHA-256 differs: truncated or changed); "
             "restore it (git checkout) or train it again"
         )
-    architecture = dict(described["architecture"])
-    check_known("architecture", architecture["name"], ARCHITECTURES)
+    check_known("architecture", described["architecture"]["name"], ARCHITECTURES)
     try:
-        model = ARCHITECTURES[architecture.pop("name")](**architecture)
-        model.load_state_dict(load_file(weights))
-    except (SafetensorError, RuntimeError, TypeError) as error:
-        raise ValueError(f"{weights} does not hold the weights of {described['architecture']}: {error}") from error
+        model = _built(described["architecture"], load_file(weights))
+    except (SafetensorError, RuntimeError, TypeError, ValueError, OverflowError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{weights} does not hold the weights of {described['architecture']}: {reason}") from error
     if strange := [name for name, weight in model.named_parameters() if not weight.isfinite().all()]:
         raise ValueError(f"{weights} holds weights that are no finite numbers ({strange[0]}); train it again")
     convolution = next((layer for layer in model.modules() if isinstance(layer, nn.Conv2d)), None)
@@ -85,8 +87,28 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> nn.Modul
     return model.to(device, memory_format=layout).eval()
 
 
+def _built(architecture: dict[str, Any], weights: dict[str, Tensor]) -> nn.Module:
+    """The network with these weights, once it is known that they fit: a wrong description asks for any time and memory.
+
+    ValueError where they do not.
+    """
+    network, sizes = ARCHITECTURES[architecture["name"]], {k: v for k, v in architecture.items() if k != "name"}
+    most = max([len(weights), *(side for weight in weights.values() for side in weight.shape)])
+    if strange := [f"{key} {size}" for key, size in sizes.items() if isinstance(size, int) and size > most]:
+        raise ValueError(f"{strange[0]} is more than any side of them, and than there are")
+    with torch.device("meta"):
+        needed = {name: tensor.shape for name, tensor in network(**sizes).state_dict().items()}
+    if strange := sorted(set(needed.items()) ^ {(name, tensor.shape) for name, tensor in weights.items()}):
+        raise ValueError(
+            f"{strange[0][0]} is missing, too many or of another shape, and so are {len(strange) - 1} more"
+        )
+    model = network(**sizes)
+    model.load_state_dict(weights)
+    return model
+
+
 def _file(path: Path, ending: str) -> Path:
-    return path.with_name(f"{path.name}.{ending}")  # a name may hold dots
+    return Path(f"{path}.{ending}")  # a name may hold dots
 
 
 def _read_sidecar(file: Path) -> dict[str, Any]:

@@ -43,8 +43,7 @@ def check_images(x: Tensor, bounded: bool = True) -> bool:
 def check_batch(model: nn.Module, x: Tensor, y: Tensor) -> int:
     """The number of classes of `model`. ValueError unless it can classify `x` and every label in `y` is one of them."""
     check_images(x)
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"the model is of type {type(model).__name__}; needed: a torch.nn.Module")
+    check_modules(model)
     if not isinstance(y, Tensor) or y.dtype != torch.int64 or y.shape != x.shape[:1]:
         given = f"{y.dtype} of shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
         raise ValueError(f"labels are {given}; needed: int64 of shape ({len(x)},), one for each image")
@@ -61,6 +60,13 @@ def check_batch(model: nn.Module, x: Tensor, y: Tensor) -> int:
     if low < 0 or high >= classes:
         raise ValueError(f"labels span {low} to {high}; this model knows the classes 0 to {classes - 1}")
     return classes
+
+
+def check_modules(*models: nn.Module) -> None:
+    """Raise ValueError for the first that is no network."""
+    for model in models:
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"the model is of type {type(model).__name__}; needed: a torch.nn.Module")
 
 
 def check_logits(model: nn.Module, x: Tensor, needed: int = 2) -> int:
@@ -123,6 +129,7 @@ def imported(module: str, what: str, extra: str = "imagenet") -> ModuleType:
 @contextmanager
 def frozen(*modules: nn.Module) -> Iterator[None]:
     """Evaluate `modules` in eval mode and without weight gradients, then restore both, also after an error."""
+    check_modules(*modules)
     parts = [part for module in modules for part in module.modules()]
     modes = [part.training for part in parts]
     weights = [weight for module in modules for weight in module.parameters() if weight.requires_grad]

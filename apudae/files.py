@@ -24,6 +24,17 @@ os.umask(UMASK)  # there is no other way to read it
 RUNS = ROOT / os.environ.get("APUDAE_RUNS", "data/runs")  # where notebooks write
 
 
+def here() -> Path:
+    """The folder where the user stands: commands hand it on as APUDAE_HERE to what they start elsewhere."""
+    return Path(os.environ.get("APUDAE_HERE") or Path.cwd())
+
+
+def from_root(path: Path) -> str:
+    """How `path` is called: from the repository's root where it is below that, which names it on every machine."""
+    path = Path(os.path.abspath(path))
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+
+
 def data_root() -> Path:
     """The folder of data sets: the environment variable APUDAE_DATA (relative to the repository) or data/downloads."""
     return (ROOT / os.environ.get("APUDAE_DATA", DOWNLOADS)).resolve()

@@ -1,16 +1,25 @@
 """Names: checked against what there is, and with a number after an @; without torch, for a command line's sake."""
 
-from collections.abc import Container
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+FOLDER = "folder:"  # and the path of your images, in place of a data set's name
+MANY = 100  # names that a sentence may list
 
 
-def check_known(kind: str, name: str, known: Container) -> None:
-    """Raise ValueError, listing what there is, unless `name` is among `known`."""
-    if name not in known:
-        raise ValueError(f"{kind} {name!r} is unknown; there is: {', '.join(map(str, known))}")
+def check_known(kind: str, name: str, known: Iterable) -> None:
+    """Raise ValueError, listing what there is (of very many the nearest), unless `name` is among `known`."""
+    every = [*known]
+    if name not in every:
+        nearest = every if len(every) <= MANY else get_close_matches(str(name), every, 5, 0)
+        beside = "" if len(every) <= MANY else f", and {len(every) - len(nearest):,} others"
+        raise ValueError(f"{kind} {name!r} is unknown; there is: {', '.join(map(str, nearest))}{beside}")
 
 
 def split_number(spec: str, what: str, example: str) -> tuple[str, float | None]:
     """The name and the number that `spec` gives after an @, None where it gives none: ("bim", 5/255) of "bim@5/255"."""
+    if not isinstance(spec, str):
+        raise ValueError(f"{spec!r} is no text; needed: such as {example}")
     name, mark, text = spec.partition("@")
     if not mark:
         return name, None

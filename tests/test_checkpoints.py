@@ -1,5 +1,6 @@
 import json
 import re
+import time
 
 import pytest
 import torch
@@ -195,3 +196,27 @@ def test_networks_of_colour_images_come_channels_last():
     assert all(layer.weight.is_contiguous(memory_format=torch.channels_last) for layer in convolutions)
     digits = [layer for layer in load_model("mnist/dae").modules() if isinstance(layer, nn.Conv2d)]
     assert all(layer.weight.is_contiguous() for layer in digits), "slower for these"
+
+
+@pytest.mark.parametrize("name", [None, 3, b"mnist/dae", ["mnist/dae"]])
+def test_what_is_no_name_is_told(name):
+    with pytest.raises(ValueError, match=r"a network's name is .*; needed: text, or a path"):
+        load_model(name)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "/", "mnist", "x" * 300, "x/" * 3000, "a\0b", "mnist/dae.json", "🙂"])
+def test_a_name_of_no_checkpoint_lists_what_there_is(name):
+    with pytest.raises(ValueError, match=r"checkpoint .* is unknown; there is: .*mnist/dae, ") as said:
+        load_model(name)
+    assert len(str(said.value)) < 1500
+
+
+@pytest.mark.parametrize(
+    "size", [{"depth": 10**8}, {"width": 10**8}, {"width": 10**30}, {"depth": 6, "width": 6, "channels": 6}]
+)
+def test_a_sidecar_that_asks_for_too_much_is_named_at_once(saved, size):
+    edit(saved, architecture={"name": "dae", "channels": 1, "depth": 4, "width": 6} | size)
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=r"dae.safetensors does not hold the weights of"):
+        load_model(saved)
+    assert time.monotonic() - start < 5

@@ -9,6 +9,8 @@ import tokenize
 import nbformat
 import pytest
 
+from apudae import files
+from apudae.batch.parameters import check_parameters
 from apudae.files import ROOT
 
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -131,3 +133,25 @@ def test_no_volatile_metadata(path):
 
 def test_is_small_enough_for_git(path):
     assert path.stat().st_size < 2_000_000
+
+
+SMALL = {"n": 4, "n_paths": 2, "n_aware": 2, "steps": 4, "batch": 4, "restarts": 2}
+SMALL |= {"first": [0, 1], "second": [0, 1]}
+ANY_ATTACKS = [path for path in PATHS if re.match(r"0[4-9]|1[01]|2[349]|30", path.name)]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:not so in this setting")
+@pytest.mark.parametrize("path", ANY_ATTACKS, ids=lambda path: path.stem)
+def test_any_attacks_will_do(path, tmp_path, monkeypatch):
+    """Without "clean" and "pgd", and with an attack of another size, a notebook goes through to its last claim."""
+    attacks = ["fgsm", "bim@5/255"]
+    monkeypatch.setattr(files, "RUNS", tmp_path)
+    space = {}
+    for cell in code(nbformat.read(path, as_version=4).cells):
+        exec(cell.source, space)
+        if "parameters" in tags(cell):
+            wanted = SMALL | {"attacks": attacks, "table_attacks": attacks}
+            given = {name: value for name, value in wanted.items() if name in space}
+            space |= check_parameters(path.stem, given)
+    assert list(space["study"].attacked) == ["clean", *attacks]

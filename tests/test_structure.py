@@ -13,7 +13,7 @@ import pytest
 from apudae.attacks import ATTACKS, PARAMETERS
 from apudae.checkpoints import ARCHITECTURES
 from apudae.datasets import DATASETS
-from apudae.evaluation.pages import MARKED, pages, with_tables
+from apudae.evaluation.pages import MARK, pages, with_tables
 from apudae.files import ROOT
 from apudae.models import autoencoders
 
@@ -107,7 +107,7 @@ def test_the_readmes_example_runs():
 @pytest.mark.parametrize("page", pages(), ids=lambda path: path.name)
 def test_tables_of_the_pages_are_made_from_the_rows(page):
     text = page.read_text(encoding="utf-8")
-    assert MARKED.search(text)
+    assert MARK.search(text)
     assert with_tables(text) == text, "make readme"
 
 
@@ -143,6 +143,10 @@ def test_ruff(words):
 def test_every_data_set_is_described():
     rows = re.findall(r"^\| `([^`]+)` \|", (ROOT / "data" / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert sorted(rows) == sorted([*DATASETS, "folder:PATH"])
+    (line,) = re.findall(
+        r"^  datasets/ +(.*), and the registry", (ROOT / "README.md").read_text(encoding="utf-8"), re.M
+    )
+    assert sorted(line.split(", ")) == sorted(rows), "README's tree"
 
 
 def test_every_autoencoder_can_be_saved_and_loaded():

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..contracts import check_known
 from ..datasets import look_up
 from .autoattack import apgd, autoattack, fab, square
-from .budgets import parse_spec, spec_of
+from .budgets import name_among, parse_spec, spec_of
 from .common import project
 from .counter_attack import ClassifierWithReconstructionError, counter_attack_b, joint
 from .gradient_sign import bim, fgsm, pgd, r_fgsm, random
@@ -80,6 +80,7 @@ __all__ = [
     "PARAMETERS",
     "ClassifierWithReconstructionError",
     "attack_settings",
+    "name_among",
     "parse_spec",
     "project",
     "spec_of",

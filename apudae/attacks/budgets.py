@@ -10,6 +10,11 @@ def parse_spec(spec: str) -> tuple[str, float | None]:
     return split_number(spec, "ε", "bim@5/255, bim@0.02 or cw@inf")
 
 
+def name_among(attack: str, epsilon: float, usual: float) -> str:
+    """How that attack at that ε is called where `usual` is the ε of all: by its name alone if they agree."""
+    return attack if math.isnan(epsilon) or abs(epsilon - usual) < 1e-6 else spec_of(attack, epsilon)
+
+
 def spec_of(attack: str, epsilon: float) -> str:
     """How that attack at that ε is called: in 255ths where it is a whole number of them."""
     levels = 255 * epsilon

@@ -26,6 +26,7 @@ class Generator(nn.Module):
 
     def __init__(self, width: int = 64) -> None:
         super().__init__()
+        check_whole(1, width=width)
         self.architecture, self.width = {"name": "generator", "width": width}, width
         self.first = nn.Linear(self.latent, 4 * 4 * 4 * width)
         sizes = zip((4 * width, 2 * width, width), (2 * width, width, 1), strict=True)
@@ -41,6 +42,7 @@ class Critic(nn.Sequential):
     """The generator's opponent in training: images (n, 1, 28, 28) to scores (n, 1), high for real ones."""
 
     def __init__(self, width: int = 64) -> None:
+        check_whole(1, width=width)
         sizes = zip((1, width, 2 * width), (width, 2 * width, 4 * width), strict=True)
         layers = [part for a, b in sizes for part in (nn.Conv2d(a, b, 5, 2, 2), nn.LeakyReLU(0.2))]
         super().__init__(*layers, nn.Flatten(), nn.Linear(4 * 4 * 4 * width, 1))

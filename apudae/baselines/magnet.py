@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..batching import in_batches
-from ..contracts import check_at_least, check_images, frozen
+from ..contracts import check_at_least, check_images, check_whole, frozen
 from ..training.distributed import rank_and_world_size, shared_draw
 from ..training.loop import Recipe, fit
 
@@ -28,6 +28,7 @@ class MagNet(nn.Module):
 
     def __init__(self, channels: int = 1, temperatures: Sequence[float] = ()) -> None:
         super().__init__()
+        check_whole(1, channels=channels)
         self.architecture = {"name": "magnet", "channels": channels, "temperatures": list(temperatures)}
         self.channels, self.temperatures = channels, list(temperatures)
         self.powers = (2, 1) if channels == 1 else (1,)

@@ -9,7 +9,15 @@ import click
 
 from ..files import RESULTS
 from . import NotebookError
-from .parameters import NOTEBOOKS, check_parameters, declared_parameters, notebook_names, question, read_mapping
+from .parameters import (
+    NOTEBOOKS,
+    check_parameters,
+    declared_parameters,
+    from_here,
+    notebook_names,
+    question,
+    read_mapping,
+)
 
 # what a command needs beside these is imported in it: papermill, nbconvert and torch take seconds
 
@@ -26,7 +34,7 @@ def cli() -> None:
 def run(notebook: str, pairs: tuple[tuple[str, str], ...], file: Path | None) -> None:
     """Execute NOTEBOOK (its name, such as 00_quickstart) into data/runs/."""
     name, given = Path(notebook).stem, (read_mapping(file) if file else {}) | dict(pairs)
-    check_parameters(name, given)  # a wrong one is told before anything is loaded
+    given = from_here(check_parameters(name, given))  # a wrong one is told before anything is loaded
 
     from .notebooks import run_notebook, tagged_text
 

@@ -1,7 +1,9 @@
 """One notebook executed through papermill, aside and then moved into place, with an HTML page beside it."""
 
+import json
 import os
 import re
+import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -15,7 +17,7 @@ from jupyter_client.kernelspec import KernelSpecManager
 from nbclient.exceptions import DeadKernelError
 from traitlets.config import Config
 
-from ..files import data_root, provenance, run_folder, written_aside
+from ..files import data_root, here, provenance, run_folder, written_aside
 from . import NotebookError
 from .html import page
 from .parameters import NOTEBOOKS, check_parameters, declared_parameters
@@ -55,9 +57,8 @@ def run_notebook(
     target = target or run_folder(run) / f"{name}.ipynb"
     if parameters.get("device") == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is 'cuda', and there is no GPU that torch can use here; leave it out, or give 'cpu'")
-    words = [word for key, value in parameters.items() for word in ("-p", key, str(value))]
-    known = {"APUDAE_COMMIT": provenance()["commit"], "APUDAE_DATA": str(data_root())}
-    known["APUDAE_COMMAND"] = " ".join(["apudae run", name, *words])
+    known = {"APUDAE_COMMIT": provenance()["commit"], "APUDAE_DATA": str(data_root()), "APUDAE_HERE": str(here())}
+    known["APUDAE_COMMAND"] = _command(name, parameters)
     failed = target.with_suffix(".failed.ipynb")
     with written_aside(target) as aside, _short_folder() as sockets:
         try:
@@ -83,6 +84,14 @@ def run_notebook(
     with written_aside(target.with_suffix(".html")) as aside:
         aside.write_text(page(nbformat.read(target, as_version=4)), encoding="utf-8")
     return target
+
+
+def _command(name: str, parameters: dict[str, Any]) -> str:
+    """The shell's words that do this again; a module of one's own is found from where the user stands."""
+    texts = {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in parameters.items()}
+    command = shlex.join(["apudae", "run", name, *(word for pair in texts.items() for word in ("-p", *pair))])
+    own = any("python:" in text for text in texts.values())
+    return f"{shlex.join(['cd', str(here())])} && {command}" if own else command
 
 
 def without_progress(path: Path) -> None:

@@ -4,6 +4,7 @@ import ast
 import io
 import json
 import math
+import os
 import re
 import tokenize
 import types
@@ -13,8 +14,8 @@ from typing import Any
 
 import yaml
 
-from ..files import ROOT, run_folder
-from ..names import check_known
+from ..files import CHECKPOINTS, ROOT, from_root, run_folder
+from ..names import FOLDER, check_known
 
 NOTEBOOKS = ROOT / "notebooks"
 TYPES = {kind.__name__: kind for kind in (int, float, bool, str, list, dict)} | {"None": type(None)}
@@ -116,8 +117,12 @@ def _plain(kind: Any, value: Any, default: Any) -> Any:
         return _number(value)
     if type(value) is not kind:
         raise ValueError
-    if kind is list and default and all(type(each) in (int, float) for each in default):
-        return [_number(each) if isinstance(each, str) else each for each in value]
+    kinds = {type(each) for each in default} if kind is list else set()
+    one = next(iter(kinds)) if len(kinds) == 1 else float if kinds == {int, float} else None
+    if one in (int, float, str):  # of numbers or of words, as the default
+        value = [_as(one, each, "") for each in value]
+        for each in value:
+            _check_value("", each)
     return value
 
 
@@ -140,6 +145,28 @@ def _check_value(key: str, value: Any) -> None:
         raise ValueError("needed: a finite number")
     if key == "device":
         check_known("device", value, ("cpu", "cuda"))
+
+
+def from_here(given: dict[str, Any]) -> dict[str, Any]:
+    """`given`, "folder:…" and checkpoints that count from the working folder named so that they count from anywhere.
+
+    Notebooks stand in a folder of their own. A checkpoint of this repository is named from its root. What is written
+    ("run", "output", "results") counts from the repository, wherever one stands.
+    """
+    return {key: value if key in ("run", "output", "results") else _from_here(value) for key, value in given.items()}
+
+
+def _from_here(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_from_here(each) for each in value]
+    if not isinstance(value, str):
+        return value
+    if value.startswith(FOLDER):
+        path = value.removeprefix(FOLDER)
+        return value if path.startswith("~") else FOLDER + os.path.abspath(path)
+    if os.path.isfile(CHECKPOINTS / f"{value}.json") or not os.path.isfile(f"{value}.json"):
+        return value  # shipped, or no checkpoint
+    return from_root(Path(value))
 
 
 class _Loader(yaml.SafeLoader):

@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 
 from ..contracts import check_known
-from ..files import RUNS, written_aside
+from ..files import RUNS, here, written_aside
 from ..training.distributed import die_with_parent
 from . import NotebookError
 from .parameters import read_mapping
@@ -135,6 +135,7 @@ def _run(command: list[str], todo: list[str], folder: Path) -> None:
     """Start Snakemake, show its progress, and say at the end what failed and why."""
     start, launcher, states = time.monotonic(), os.getpid(), {}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    streams["env"] = os.environ | {"APUDAE_HERE": str(here())}  # steps stand in the folder of the sweep
     alone = {"start_new_session": True, "preexec_fn": lambda: die_with_parent(launcher)}  # Ctrl-C comes to us only
     engine = subprocess.Popen(command, **streams, **alone)
     try:

@@ -12,10 +12,11 @@ import yaml
 
 from ..checkpoints import load_model
 from ..contracts import check_known
-from ..datasets import FOLDER, SPLITS, look_up
-from ..files import CHECKPOINTS, ROOT, RUNS, run_folder
+from ..datasets import SPLITS, look_up
+from ..files import CHECKPOINTS, ROOT, RUNS, from_root, run_folder
+from ..names import FOLDER
 from ..purification.config import PRESETS
-from .parameters import NOTEBOOKS, check_parameters, declared_parameters, read_mapping
+from .parameters import NOTEBOOKS, check_parameters, declared_parameters, from_here, read_mapping
 
 WORKFLOW = ROOT / "workflow"
 RESULTS = "results"  # the step that merges the rows
@@ -61,7 +62,7 @@ def _targets(steps: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
             given = step["parameters"]
             network = given.get("architecture", step["declared"].get("architecture", step["notebook"]))
             target = given.get("output") or f"data/runs/{given['run']}/{network}"
-            found.setdefault(str((ROOT / target).resolve().relative_to(ROOT)), []).append(name)
+            found.setdefault(from_root((ROOT / target).resolve()), []).append(name)
         step.pop("declared")
     return found
 
@@ -87,7 +88,8 @@ def _resolved(
     """One step with all its parameters, their values checked; `trained`: networks that the sweep makes itself."""
     notebook, own = step["notebook"], step.get("parameters", {})
     declared = declared_parameters(notebook)
-    parameters = check_parameters(notebook, {key: value for key, value in general.items() if key in declared} | own)
+    given = {key: value for key, value in general.items() if key in declared} | own
+    parameters = from_here(check_parameters(notebook, given))
     parameters["run"] = str(Path(sweep, parameters.get("run", "")))
     writes_rows = "results" in declared and "results" not in parameters
     if writes_rows:

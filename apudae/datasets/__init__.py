@@ -1,5 +1,6 @@
 """Data sets as torch `Dataset`s of (image float32 (C, H, W) in [0, 1], label int), and the registry of them."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -10,6 +11,7 @@ from torch.utils.data import Dataset, Subset
 
 from ..contracts import check_known
 from ..files import data_root
+from ..names import FOLDER
 from .folder import FolderImages
 from .imagenet import IMAGE_SIZE, bsds500, examples, imagenet
 from .selection import hold_out, stack, take
@@ -98,13 +100,12 @@ DATASETS: dict[str, Entry] = {
         dae="imagenet/unet",
     ),
 }
-FOLDER = "folder:"  # and the path of your images
 
 
 def look_up(name: str) -> Entry:
     """The entry of the data set `name`, or of your images in "folder:PATH". ValueError for an unknown name."""
-    if name.startswith(FOLDER):
-        path = Path(name.removeprefix(FOLDER)).expanduser()
+    if isinstance(name, str) and name.startswith(FOLDER):
+        path = Path(os.path.expanduser(name.removeprefix(FOLDER)))
         return Entry(lambda split, image_size, _: FolderImages(path, split, image_size))
     check_known("data set", name, [*DATASETS, f"{FOLDER}PATH"])
     return DATASETS[name]
@@ -145,7 +146,7 @@ def load_dataset(
         raise ValueError(f"skip_broken is for ImageNet's folders alone; {name} must be whole")
     if split in entry.splits:
         return entry.load(split, image_size, skip_broken)
-    if split == "held_out":
+    if split == "held_out" and "train" in entry.splits:
         return training_parts(name, image_size, skip_broken)[1]
     raise ValueError(f"{name} has no split {split!r}; there is: {', '.join(entry.splits)}")
 

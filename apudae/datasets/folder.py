@@ -1,12 +1,13 @@
 """Your own images: a folder for each class, read when they are asked for."""
 
+import os
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..contracts import check_at_least
+from ..contracts import check_whole
 from .image_files import is_grey, opened, read, size_of
 
 
@@ -17,8 +18,8 @@ class FolderImages(Dataset):
         from torchvision.datasets import ImageFolder
 
         if image_size is not None:
-            check_at_least(1, image_size=image_size)
-        if not path.is_dir():
+            check_whole(1, image_size=image_size)
+        if not os.path.isdir(path):  # also for a name that no folder can have
             raise ValueError(f"{path} is no folder; needed: a folder with a folder of images for each class")
         ready = [part for part in ("train", "test") if (path / part).is_dir()]
         if len(ready) == 1:

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from ..contracts import check_at_least, imported
+from ..contracts import check_whole, imported
 from ..files import data_root
 from .image_files import image_files, read
 from .small import TensorImages
@@ -38,7 +38,7 @@ class Photographs(Dataset):
     def __init__(self, files: list[tuple[Path, int]], classes: list[str], size: int = IMAGE_SIZE) -> None:
         from torchvision.transforms import v2  # here, as it takes a second, which a command line need not wait for
 
-        check_at_least(1, image_size=size)
+        check_whole(1, image_size=size)
         self.files, self.classes = files, classes
         self.labels = torch.tensor([label for _, label in files], device="cpu")
         resize = v2.Resize(round(size * 8 / 7), v2.InterpolationMode.BICUBIC)

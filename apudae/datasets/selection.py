@@ -4,14 +4,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..contracts import as_generator, check_at_least
+from ..contracts import as_generator, check_whole
 
 
 def take(dataset: Dataset, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """`n` images and labels as tensors, a fixed stratified choice: class by class in turn, so any first part is too."""
-    check_at_least(1, n=n)
+    check_whole(1, n=n)
     if n > len(dataset):
-        raise ValueError(f"{n} images asked for; the data set has {len(dataset)}")
+        raise ValueError(f"{n} images asked for; there are {len(dataset)}: give n = {len(dataset)}, or less")
     order = torch.randperm(len(dataset), generator=as_generator(seed), device="cpu")
     labels = dataset.labels[order]
     rank = torch.zeros_like(order)  # an image's place among its class, in the shuffled order
@@ -31,7 +31,7 @@ def stack(dataset: Dataset, indices: Tensor | range | None = None) -> tuple[Tens
 def hold_out(dataset: Dataset, n: int | None = None) -> tuple[Tensor, Tensor]:
     """Indices (fit, held_out) of a training set: `n` evenly spread images (by default a thirtieth, 4 to 2,000)."""
     n = max(4, min(len(dataset) // 30, 2000)) if n is None else n
-    check_at_least(1, n=n)
+    check_whole(1, n=n)
     if n >= len(dataset):
         raise ValueError(f"{n} images are to be held out of {len(dataset)}; needed: fewer")
     held_out = torch.linspace(0, len(dataset) - 1, n, dtype=torch.float64, device="cpu").long()

@@ -3,13 +3,16 @@
 python -m apudae.evaluation.pages    # writes them
 """
 
+import inspect
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pandas as pd
 
+from ..contracts import check_known
 from ..datasets import look_up
 from ..files import RESULTS, ROOT, written_aside
 from ..purification.config import PRESETS
@@ -18,7 +21,7 @@ from .tables import PLAIN, main_table, of_study, published, with_interval
 
 FILES = ("mnist-adaptive.csv", "cifar10-jpeg.csv")
 SHOWN = 0.1
-MARKED = re.compile(r"<!-- table: (.*?) -->\n.*?<!-- end of table -->", re.DOTALL)
+MARK = re.compile(r"^<!-- (?:table: (?P<table>.*?)|end of table) -->(?=[ \t\r]*$)", re.MULTILINE)
 DEFENSE = ["dataset", "classifier", "dae", "purifier", "step_size", "steps"]
 
 
@@ -83,8 +86,12 @@ def gray_box(
     Bold: the best of a line, and what its interval does not tell from it. "(200)": so many images, fewer than most.
     The paper's figures stand beside those of its own metric alone. Attacks that no purifier has met are left out.
     """
-    wanted = [int(text) for text in steps.split(",")]
-    rows = of_study(read_results(RESULTS / name), classifier, dae, wanted, float(step_size), metric)
+    every, wanted = read_results(RESULTS / name), [int(text) for text in steps.split(",")]
+    for column, word in {"classifier": classifier, "dae": dae, "metric": metric}.items():
+        check_known(f"{column} of {name}", word, every[column].unique())
+    rows = of_study(every, classifier, dae, wanted, float(step_size), metric)
+    if missing := [n for n in wanted if n not in rows.steps.to_list()]:
+        raise ValueError(f"{name} has no row of this study with n = {missing[0]} and α = {float(step_size):g}")
     drawn = main_table(rows)[0]
     drawn = drawn[drawn.attack.isin(drawn[drawn.purifier != "none"].attack)]
     dataset, purifiers, most = drawn.dataset.iloc[0], list(dict.fromkeys(drawn.purifier)), drawn.n.mode().max()
@@ -117,23 +124,48 @@ def pages() -> list[Path]:
     return [ROOT / "README.md", *sorted(RESULTS.glob("*.md"))]
 
 
-def with_tables(text: str) -> str:
-    """`text`, each table between markers made anew: <!-- table: KIND WORDS --> … <!-- end of table -->."""
+def with_tables(text: str, page: str = "the page") -> str:
+    """`text`, each table between markers made anew: <!-- table: KIND WORDS --> … <!-- end of table -->, a line each.
 
-    def made(found: re.Match) -> str:
-        kind, *words = shlex.split(found[1])
-        return f"<!-- table: {found[1]} -->\n\n{TABLES[kind](*words)}\n\n<!-- end of table -->"
+    ValueError, which names `page`, line and marker, for a marker without its other half and a table that cannot be.
+    """
+    marks, line_end = list(MARK.finditer(text)), "\r\n" if "\r\n" in text else "\n"
+    pieces, end = [], 0
+    for place, mark in enumerate(marks):
+        where = f"{page}, line {text.count(chr(10), 0, mark.start()) + 1}, {mark[0].strip()}"
+        starts = mark["table"] is not None
+        if starts == bool(place % 2) or (starts and place + 1 == len(marks)):
+            raise ValueError(f"{where}: its other marker is missing; needed: a start and an end by turns")
+        if starts:
+            try:
+                table = _table(*shlex.split(mark["table"]))
+            except (ValueError, OSError) as error:
+                raise ValueError(f"{where}: {error}") from error
+            pieces += [text[end : mark.end()], f"\n\n{table}\n\n".replace("\n", line_end)]
+            end = marks[place + 1].start()
+    return "".join([*pieces, text[end:]])
 
-    return MARKED.sub(made, text)
+
+def _table(kind: str = "", *words: str) -> str:
+    check_known("kind of table", kind, TABLES)
+    try:
+        inspect.signature(TABLES[kind]).bind(*words)
+    except TypeError as error:
+        raise ValueError(f"{kind}: {error}") from error
+    return TABLES[kind](*words)
 
 
 def main() -> None:
     """Write the tables into the pages."""
     for path in pages():
-        text = with_tables(path.read_text(encoding="utf-8"))
+        with open(path, encoding="utf-8", newline="") as file:  # whose line ends stay
+            text = with_tables(file.read(), path.name)
         with written_aside(path) as aside:
-            aside.write_text(text, encoding="utf-8")
+            aside.write_text(text, encoding="utf-8", newline="")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"apudae: {error}")

@@ -4,15 +4,16 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..contracts import check_whole
+from ..contracts import check_at_least, check_images, check_whole
 
 
 def spectrum(images: Tensor, rings: int = 12) -> pd.DataFrame:
     """Mean energy of `images` (n, C, H, W) in rings of equal width around frequency 0: columns frequency, energy.
 
     `frequency` is a ring's middle, in cycles a pixel along the diagonal's length: up to √½, a chequerboard. The
-    energies of all rings add up to the mean squared length of an image (Parseval).
+    energies of all rings add up to the mean squared length of an image (Parseval). ValueError for what are no images.
     """
+    check_images(images, bounded=False)
     check_whole(1, rings=rings)
     radius = _radius(images)
     width = 0.5**0.5 / rings
@@ -24,13 +25,18 @@ def spectrum(images: Tensor, rings: int = 12) -> pd.DataFrame:
 
 
 def share_above(images: Tensor, frequency: float) -> Tensor:
-    """The share of each image's energy at more than `frequency` cycles a pixel (n,); NaN of an image that is 0."""
+    """The share of each image's energy at more than `frequency` cycles a pixel (n,); NaN of an image that is 0.
+
+    `frequency` is at least 0. Raises ValueError for anything else, and for what are no images.
+    """
+    check_images(images, bounded=False)
+    check_at_least(0, frequency=frequency)
     power = _power(images).flatten(1)
     return power[:, (_radius(images) > frequency).flatten()].sum(1) / power.sum(1)
 
 
 def _power(images: Tensor) -> Tensor:
-    return torch.fft.fft2(images.double(), norm="ortho").abs().square().sum(1)
+    return torch.fft.fft2(images.detach().double(), norm="ortho").abs().square().sum(1)
 
 
 def _radius(images: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """What a notebook works with: images, labels, networks, attacked images that are made where they are missing, rows."""
 
+import math
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -7,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 from torch import Tensor, nn
 
-from ..attacks import attack_settings, parse_spec, project
+from ..attacks import attack_settings, name_among, parse_spec, project
 from ..checkpoints import load_model
 from ..datasets import load_dataset, look_up, stack, take
 from ..files import ROOT, fingerprint, load_tensors, locked, run_folder, save_tensors
 from ..models import calibrate
+from ..models.autoencoders import with_calibration
 from ..purification import PurifyConfig, Step, trajectory
 from .accuracy import Accuracy, captions, predict
 from .grid import purified_rows, run_attack
@@ -99,6 +100,14 @@ class Study:
         return shown | {"left × 10": 0.5 + 10 * (shown[purifier] - shown["clean"])}, read
 
     @property
+    def iterated(self) -> str:
+        """The strongest iterated attack that there is, for figures: PGD, BIM, else the last. ValueError for none."""
+        attacks = [name for name in self.attacked if name != "clean"]
+        if not attacks:
+            raise ValueError("there are clean images alone; needed: an attack, such as attacks = ['pgd']")
+        return next(name for name in ["pgd", "bim", *reversed(attacks)] if name in attacks)
+
+    @property
     def recon_mu(self) -> float:
         """μ, the mean reconstruction error of clean held-out training images."""
         return self.dae.recon_mu.item()
@@ -144,6 +153,7 @@ def open_study(
     """`n` images of a data set, the networks, and the images under `attacks`, on `device`.
 
     Empty names, ε and α (`step_size`) of 0 are the data set's own; with `dae` None there is no autoencoder.
+    "clean" comes first, asked for or not; an attack that names the study's own ε, as "bim@0.1" may, is "bim".
     `parameters` change those of the attacks that they name. Attacked images are made where they are missing, kept in
     data/runs/<run>/attacked/, and reused by every notebook of the run that asks for them, or for fewer. Rows go to
     `results`, relative to the repository, or to `table` in data/runs/<run>/. ValueError where something is missing.
@@ -158,6 +168,9 @@ def open_study(
     source = load_dataset(dataset, split)
     x, y = (tensor.to(device) for tensor in take(source, n, seed))
     settings = attack_settings(dataset, ["bim", *attacks], epsilon)
+    usual, sizes = settings["bim"]["epsilon"], {spec: settings[spec].get("epsilon", math.nan) for spec in attacks}
+    attacks = dict.fromkeys(["clean", *(name_among(parse_spec(spec)[0], sizes[spec], usual) for spec in attacks)])
+    settings = attack_settings(dataset, ["bim", *attacks], epsilon)
     for attack in settings:
         for name in {attack, parse_spec(attack)[0]} & (parameters or {}).keys():
             settings[attack] = settings[attack] | parameters[name]
@@ -170,7 +183,7 @@ def open_study(
         None if dae is None else _calibrated(load_model(names["dae"], device), dataset),
         names | {"dae": names["dae"] or "", "seed": seed, "notebook": notebook},
         settings,
-        settings["bim"]["epsilon"],
+        usual,
         step_size or (entry.budget.step_size if entry.budget else settings["bim"]["step_size"]),
         {},
         {},
@@ -184,10 +197,7 @@ def open_study(
 
 def _calibrated(dae: nn.Module, dataset: str) -> nn.Module:
     """The autoencoder; one that has no μ and σ, of a package or your own, with those of this set's held-out images."""
-    for name in ("recon_mu", "recon_sigma"):
-        if not hasattr(dae, name):
-            place = next(iter([*dae.parameters(), *dae.buffers()]), torch.empty(0)).device
-            dae.register_buffer(name, torch.tensor(torch.nan, device=place))
+    dae = with_calibration(dae)
     if dae.recon_mu.isnan() and "train" in look_up(dataset).splits:
         calibrate(dae, stack(load_dataset(dataset, "held_out"))[0])
     return dae

@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from ..attacks import attack_settings, spec_of
+from ..attacks import attack_settings, name_among
 from ..datasets import look_up
 from ..files import RESULTS
 from ..purification.config import PRESETS
@@ -24,12 +24,10 @@ def published(dataset: str) -> pd.DataFrame:
 
 
 def labelled(rows: pd.DataFrame, epsilon: float | None = None) -> pd.DataFrame:
-    """`rows`, each attack called by its ε too (`attacks.spec_of`) where that is not `epsilon` or the data set's."""
+    """`rows`, each attack called by its ε too (`attacks.name_among`) where that is not `epsilon` or the data set's."""
     sizes = {name: epsilon or getattr(look_up(name).budget, "epsilon", None) for name in rows.dataset.unique()}
-    own = rows.dataset.map(sizes)
-    other = rows.epsilon.notna() & ~((rows.epsilon - own.astype(float)).abs() < 1e-6)
-    specs = [spec_of(*pair) for pair in zip(rows.attack, rows.epsilon, strict=True)]
-    return rows.assign(attack=rows.attack.mask(other, pd.Series(specs, rows.index, dtype=object)))
+    facts = zip(rows.attack, rows.epsilon.astype(float), rows.dataset.map(sizes).astype(float), strict=True)
+    return rows.assign(attack=pd.Series([name_among(*fact) for fact in facts], rows.index, dtype=object))
 
 
 def pivot(rows: pd.DataFrame) -> pd.DataFrame:

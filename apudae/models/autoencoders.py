@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..batching import in_batches
-from ..contracts import check_images, check_noise_std, check_whole, frozen
+from ..contracts import check_images, check_modules, check_noise_std, check_whole, frozen
 
 
 class Autoencoder(nn.Module):
@@ -20,6 +20,7 @@ class Autoencoder(nn.Module):
 
     def __init__(self, name: str, channels: int, **sizes: int) -> None:
         super().__init__()
+        check_whole(1, channels=channels, **sizes)
         self.architecture = {"name": name, "channels": channels, **sizes}
         self.channels = channels
         self.register_buffer("recon_mu", torch.tensor(torch.nan))
@@ -89,7 +90,6 @@ class UNet(Autoencoder):
 
     def __init__(self, channels: int = 3, depth: int = 5, width: int = 48) -> None:
         super().__init__("unet", channels, depth=depth, width=width)
-        check_whole(1, depth=depth)
         wide = 2 * width
         self.first = _leaky(channels, width)
         self.down = nn.ModuleList(_leaky(width, width) for _ in range(depth))
@@ -134,7 +134,6 @@ class ResidualUNet(Autoencoder):
 
     def __init__(self, channels: int = 3, depth: int = 3, width: int = 64) -> None:
         super().__init__("residual_unet", channels, depth=depth, width=width)
-        check_whole(1, depth=depth, width=width)
         features = [width * 2**scale for scale in range(depth)]
         self.first = nn.Conv2d(4 * channels, width, 3, padding=1)
         self.down = nn.ModuleList(_residual_pair(wide) for wide in features)
@@ -243,14 +242,28 @@ def recon_error(dae: nn.Module, x: Tensor) -> Tensor:
         return squared_distance(x, dae(x))
 
 
+def with_calibration(dae: nn.Module) -> nn.Module:
+    """The network, with the buffers that `calibrate` fills, NaN, where it has none."""
+    check_modules(dae)
+    for name in ("recon_mu", "recon_sigma"):
+        if not hasattr(dae, name):
+            place = next(iter([*dae.parameters(), *dae.buffers()]), torch.empty(0)).device
+            dae.register_buffer(name, torch.tensor(torch.nan, device=place))
+    return dae
+
+
 @torch.no_grad()
-def calibrate(dae: Autoencoder, images: Tensor, batch_size: int = 32) -> None:
+def calibrate(dae: nn.Module, images: Tensor, batch_size: int = 32) -> None:
     """Store mean and standard deviation of the reconstruction error of `images` in the autoencoder's buffers.
 
-    `images` must be training images that no weight was fitted on; never test images.
+    `images` must be training images that no weight was fitted on; never test images. Any network that reconstructs
+    images will do. ValueError for fewer than two images, and for images whose errors are all the same.
     """
+    check_images(images)
+    check_whole(1, batch_size=batch_size)
     if len(images) < 2:
         raise ValueError(f"{len(images)} images given; calibration needs at least 2")
+    with_calibration(dae)
     device = dae.recon_mu.device
     errors = in_batches(lambda batch: recon_error(dae, batch.to(device)), images, batch_size=batch_size)
     if not 0 < errors.std() < torch.inf:

@@ -24,6 +24,9 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
+        channels = len(self.mean)
+        if x.ndim != 4 or x.shape[1] != channels:  # broadcasting would make colour of grey, and three greys of colour
+            raise ValueError(f"images have shape {tuple(x.shape)}; this network needs (n, {channels}, height, width)")
         return (x - self.mean) / self.std
 
 
@@ -70,6 +73,7 @@ class StridedCNN(nn.Sequential):
     """
 
     def __init__(self, width: int = 32) -> None:
+        check_whole(1, width=width)
         super().__init__(
             Normalize((MNIST_MEAN,), (MNIST_STD,)),
             nn.Conv2d(1, width, 4, 2, 1),

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..contracts import check_known, check_noise_std, imported
-from ..files import ROOT
+from ..files import ROOT, here
 from ..names import split_number
 from .autoencoders import FFDNet
 from .classifiers import Normalize
@@ -61,9 +62,9 @@ def pretrained(name: str) -> nn.Module:
     "diffusers:google/ddpm-cifar10-32@0.1" or a folder in place of that name of the Hugging Face hub, one step of an
     unconditional diffusion model (`OneStepDiffusion`). The last two download their weights when first asked for them.
 
-    Your own: "python:mine:build" is what `build()` of the importable module `mine` returns, a network in eval mode
-    under the contract of `apudae`. Nothing is ever unpickled. ValueError for an unknown name, a σ that is missing or
-    not in (0, 1], a missing package, changed weights and a download that fails.
+    Your own: "python:mine:build" is what `build()` of `mine`, a module importable or where you stand, returns: a
+    network in eval mode under the contract of `apudae`. Nothing is ever unpickled. ValueError for an unknown name, a σ
+    that is missing or not in (0, 1], a missing package, changed weights and a download that fails.
     """
     library = name.partition(":")[0]
     if name.startswith(EFFICIENTNET):
@@ -125,6 +126,10 @@ def _noise_std(name: str) -> tuple[str, float]:
 
 def _of_a_module(name: str) -> nn.Module:
     module, _, function = name.removeprefix("python:").partition(":")
+    if not function.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
+        raise ValueError(f"{name} names no function of a module; needed: python:MODULE:FUNCTION")
+    if str(here()) not in sys.path:
+        sys.path.append(str(here()))  # last, so that nothing there stands before what is installed
     try:
         network = getattr(importlib.import_module(module), function)()
     except Exception as error:  # whatever that module raises
@@ -161,7 +166,7 @@ def _from_deepinv(name: str) -> Denoiser:
 def _from_diffusers(name: str) -> OneStepDiffusion:
     place, noise_std = _noise_std(name)
     diffusers = imported("diffusers", name, "diffusers")
-    folder = next((path for path in (Path(place).expanduser(), ROOT / place) if path.is_dir()), place)
+    folder = next((path for path in (here() / Path(place).expanduser(), ROOT / place) if path.is_dir()), place)
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False)
     network, scheduler = (pipeline.components.get(part) for part in ("unet", "scheduler"))
     fits = isinstance(network, diffusers.UNet2DModel) and set(pipeline.components) == {"unet", "scheduler"}

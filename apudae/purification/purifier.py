@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..autograd import Recomputed, StraightThrough, clipped, smooth_sign
 from ..batching import CACHE, in_batches
-from ..contracts import as_generator, check_images, check_known, frozen
+from ..contracts import as_generator, check_images, check_known, check_modules, frozen
 from ..models.autoencoders import check_output, squared_distance
 from .config import Backward, PurifyConfig, resolve_config
 from .steps import Draws, Moments, Step, affine_matrices, per_image, resampled
@@ -54,6 +54,7 @@ class Purifier(nn.Module):
         seed: int | torch.Generator = 0,
     ) -> None:
         super().__init__()
+        check_modules(dae)
         check_known("backward", backward, get_args(Backward))
         self.dae, self.config, self.backward = dae, resolve_config(config), backward
         self.seed, self.calls = int(torch.randint(2**31, (1,), generator=as_generator(seed), device="cpu")), 0
@@ -62,7 +63,8 @@ class Purifier(nn.Module):
         )
         if self.config.calibrated and not known:
             raise ValueError(
-                f"{self.config} needs μ and σ of the reconstruction error, and this autoencoder has none; "
+                f"a purifier with {self.config.loss!r}, {self.config.schedule!r} and {self.config.noise_rule!r} (loss, "
+                "schedule, noise_rule) needs μ and σ of the reconstruction error, and this autoencoder has none; "
                 "measure them with apudae.models.calibrate on held-out training images"
             )
 

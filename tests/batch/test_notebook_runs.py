@@ -1,6 +1,6 @@
 import os
 import re
-import shutil
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +16,7 @@ from apudae.batch import notebooks, parameters
 from apudae.batch.cli import main
 from apudae.batch.html import page
 from apudae.batch.notebooks import NotebookError, run_notebook, tagged_text
-from apudae.batch.parameters import check_parameters, declared_parameters
+from apudae.batch.parameters import check_parameters, declared_parameters, from_here
 from apudae.evaluation.results import read_results
 from apudae.files import ROOT, RUNS, data_root
 
@@ -138,6 +138,35 @@ def test_ill_typed_parameter_is_named_with_what_it_needs(name, given):
     needed = {"steps": "int", "rate": "float", "loud": "bool", "name": "str"}[name]
     with pytest.raises(ValueError, match=f"parameter {name} of 07_tiny.*needed: {needed}"):
         check_parameters("07_tiny", {name: given})
+
+
+def test_what_the_user_typed_counts_from_where_the_user_stands(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    for name in ("mine/net.v2.json", "05.json"):
+        (tmp_path / name).write_text("{}")
+    monkeypatch.chdir(tmp_path / "mine")
+    given = {"dataset": "folder:../photos", "classifier": "net.v2", "daes": ["./net.v2", "mnist/dae", "python:a:b"]}
+    given |= {"run": "net.v2", "output": "net.v2", "results": "net.v2", "n": 3, "dae": "folder", "magnet": "../05"}
+    here = str(tmp_path / "mine" / "net.v2")
+    made = {"dataset": f"folder:{tmp_path / 'photos'}", "classifier": here, "daes": [here, "mnist/dae", "python:a:b"]}
+    assert from_here(given) == given | made | {"magnet": str(tmp_path / "05")}
+    for value in ("", "folder:~/photos", "a\0b", "x" * 5000, "mnist/classifier", "timm:net.v2", 3.5, None, [[1, {}]]):
+        assert from_here({"it": value}) == {"it": value}
+    monkeypatch.chdir(ROOT / "data")
+    assert from_here({"classifier": "checkpoints/mnist/dae"}) == {"classifier": "data/checkpoints/mnist/dae"}
+
+
+@pytest.mark.parametrize("given", ["[3]", "[fgsm, 3]", "[[fgsm]]", "[true]", "fgsm", "{a: fgsm}"])
+def test_lists_of_words_hold_words(given):
+    with pytest.raises(ValueError, match="parameter attacks of 05_purify_a"):
+        check_parameters("05_purify_a", {"attacks": given})
+
+
+@pytest.mark.parametrize("given", ["[a]", "[.nan]", "[1, .inf]", "[true]", "[[1]]", "[1, null]"])
+def test_lists_of_numbers_hold_numbers(given):
+    assert check_parameters("03_attacks", {"factors": "[0, 8/255, .5]"}) == {"factors": [0.0, 8 / 255, 0.5]}
+    with pytest.raises(ValueError, match="parameter factors of 03_attacks"):
+        check_parameters("03_attacks", {"factors": given})
 
 
 @pytest.mark.usefixtures("tiny")
@@ -302,7 +331,7 @@ def test_help_names_the_commands(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_a_folder_of_ones_own_images_goes_the_whole_way(tmp_path):
+def test_a_folder_of_ones_own_images_goes_the_whole_way(tmp_path, monkeypatch):
     """README's own commands: train a classifier and an autoencoder on small colour images, attack, purify."""
     generator = np.random.default_rng(0)
     for channel, name in enumerate(("red", "green", "blue")):
@@ -311,24 +340,35 @@ def test_a_folder_of_ones_own_images_goes_the_whole_way(tmp_path):
             pixels = generator.integers(0, 90, (16, 16, 3), dtype=np.uint8)
             pixels[4:12, 4:12, channel] = 200
             Image.fromarray(pixels).save(tmp_path / "mine" / name / f"{index}.png")
-    runs = ROOT / "data" / "runs" / f".own-{tmp_path.name}"
-    general = ["-p", "dataset", f"folder:{tmp_path / 'mine'}", "-p", "run", "mine"]
+    module = "import torch\n\ndef build():\n    return torch.nn.Conv2d(3, 3, 3, padding=1)\n"
+    (tmp_path / "my_networks.py").write_text(module)
+    general = ["-p", "dataset", "folder:mine", "-p", "run", "mine"]
     ball, short = ["-p", "epsilon", "8/255"], ["-p", "batch_size", "32", "-p", "steps", "40"]
-    networks = [str(runs.relative_to(ROOT) / "mine" / name) for name in ("resnet8", "dae")]
-    named = ["-p", "classifier", networks[0], "-p", "dae", networks[1]]
-    environment = os.environ | {"APUDAE_RUNS": str(runs.relative_to(ROOT)), "PLOTLY_RENDERER": "plotly_mimetype"}
-    try:
-        for words in (
-            ["01_train_classifier", *ball, *short],
-            ["02_train_dae", "-p", "width", "8", *short],
-            ["05_purify_a", *ball, *named, "-p", "n", "12"],
-        ):
-            ran = subprocess.run(
-                [APUDAE, "run", *words, *general], env=environment, cwd=tmp_path, capture_output=True, text=True
-            )
-            assert ran.returncode == 0, ran.stderr
-        rows = read_results(runs / "mine" / "purified.csv")
-        assert set(rows.classifier) == {networks[0]}
-        assert rows[(rows.attack == "clean") & (rows.purifier == "none")].accuracy.item() == 1
-    finally:
-        shutil.rmtree(runs, ignore_errors=True)
+    named = ["-p", "classifier", "runs/mine/resnet8", "-p", "attacks", "[bim]", "-p", "n", "12"]
+    environment = os.environ | {"APUDAE_RUNS": str(tmp_path / "runs"), "PLOTLY_RENDERER": "plotly_mimetype"}
+    for words in (
+        ["01_train_classifier", *ball, *short],
+        ["02_train_dae", "-p", "width", "8", *short],
+        ["05_purify_a", *ball, *named, "-p", "dae", "runs/mine/dae"],
+        ["05_purify_a", *ball, *named, "-p", "dae", "python:my_networks:build"],
+    ):
+        ran = subprocess.run(
+            [APUDAE, "run", *words, *general], env=environment, cwd=tmp_path, capture_output=True, text=True
+        )
+        assert ran.returncode == 0, ran.stderr
+    rows = read_results(tmp_path / "runs" / "mine" / "purified.csv")
+    assert set(rows.classifier) == {str(tmp_path / "runs" / "mine" / "resnet8")}, (
+        "named so that anybody anywhere finds it"
+    )
+    assert set(rows.dataset) == {f"folder:{tmp_path / 'mine'}"}
+    assert set(rows.dae) == {"", str(tmp_path / "runs" / "mine" / "dae"), "python:my_networks:build"}
+    assert set(rows[(rows.attack == "clean") & (rows.purifier == "none")].accuracy) == {1}
+    place, command = rows[rows.dae == "python:my_networks:build"].command.iloc[0].split(" && ")
+    assert shlex.split(place) == ["cd", str(tmp_path)]
+    own = [*ball, *named, "-p", "dae", "python:my_networks:build", *general]
+    given = dict(zip(own[1::3], own[2::3], strict=True))
+    words = shlex.split(command)
+    monkeypatch.chdir(tmp_path)
+    again = dict(zip(words[4::3], words[5::3], strict=True))
+    assert words[:3] == ["apudae", "run", "05_purify_a"]
+    assert check_parameters("05_purify_a", again) == from_here(check_parameters("05_purify_a", given))

@@ -15,6 +15,7 @@ from PIL import Image
 from apudae import load_dataset
 from apudae.datasets import CIFAR10_CLASSES, hold_out, stack, take
 from apudae.datasets.small import TensorImages
+from apudae.names import check_known
 
 needs_mnist = pytest.mark.skipif("APUDAE_DATA" not in os.environ, reason="APUDAE_DATA is not set")
 
@@ -424,3 +425,37 @@ def test_the_20_original_images_of_cifar10_are_test_images_alone(monkeypatch):
     monkeypatch.setitem(sys.modules, "foolbox", None)
     with pytest.raises(ValueError, match="cifar10-20 needs the package foolbox; pip install"):
         load_dataset("cifar10-20", "test")
+
+
+@pytest.mark.parametrize("name", [None, 3, "", "mnist6k", ["mnist"], "x" * 5000])
+def test_what_names_no_data_set_is_told(name):
+    with pytest.raises(ValueError, match=r"data set .* is unknown; there is: mnist5k, "):
+        load_dataset(name, "test")
+
+
+@pytest.mark.parametrize("path", ["", "x" * 5000, "a\0b", "~nobody-of-that-name/x"])
+def test_what_names_no_folder_is_told(path):
+    with pytest.raises(ValueError, match="is no folder"):
+        load_dataset(f"folder:{path}", "test")
+
+
+def test_a_split_that_a_data_set_lacks_is_called_by_its_name():
+    for split in ("train", "held_out"):
+        with pytest.raises(ValueError, match=f"cifar10-20 has no split '{split}'; there is: test"):
+            load_dataset("cifar10-20", split)
+
+
+@pytest.mark.parametrize("n", [2.5, "3", None, True, 0, -1])
+def test_a_number_of_images_is_whole(n):
+    dataset = load_dataset("mnist5k", "test")
+    with pytest.raises(ValueError, match=r"n is .*; needed: a whole number of at least 1"):
+        take(dataset, n)
+    if n is not None:
+        with pytest.raises(ValueError, match=r"n is .*; needed: a whole number of at least 1"):
+            hold_out(dataset, n)
+
+
+def test_of_very_many_names_the_nearest_are_listed():
+    with pytest.raises(ValueError, match=r"'n5000x' is unknown; there is: n5000, .*, and 9,995 others") as said:
+        check_known("network", "n5000x", [f"n{number}" for number in range(10_000)])
+    assert len(str(said.value)) < 200

@@ -140,7 +140,7 @@ def test_folders_that_are_no_classes_are_named(root):
         ("imagenet", "test", r"imagenet/val is no folder; .*APUDAE_DATA"),
         ("imagenet-sample", "test", r"imagenet-sample is no folder"),
         ("imagenet-sample", "train", r"imagenet-sample has no split 'train'; there is: test"),
-        ("imagenet-sample", "held_out", r"imagenet-sample has no split 'train'; there is: test"),
+        ("imagenet-sample", "held_out", r"imagenet-sample has no split 'held_out'; there is: test"),
         ("bsds500", "train", r"bsds500/train has no photographs.*APUDAE_DATA"),
         ("bsds500", "held_out", r"bsds500/val has no photographs"),
     ],

@@ -1,8 +1,10 @@
+import pandas as pd
 import pytest
 
 import apudae
 from apudae import PRESETS, files
 from apudae.evaluation.study import open_study
+from apudae.evaluation.tables import labelled
 
 
 @pytest.mark.parametrize("variant", ["F", "G"])
@@ -21,3 +23,36 @@ def test_an_autoencoder_of_ones_own_is_calibrated_on_held_out_images(monkeypatch
     study = open_study("05_purify_a", dataset="mnist5k", n=10, dae="python:mine_dae:build")
     assert study.recon_mu > 0
     assert apudae.purify(study.dae, study.x, "E").shape == study.x.shape
+
+
+@pytest.mark.parametrize(
+    ("given", "made", "iterated"),
+    [
+        (["clean", "pgd", "bim"], ["clean", "pgd", "bim"], "pgd"),
+        (["bim"], ["clean", "bim"], "bim"),
+        (["fgsm", "clean"], ["clean", "fgsm"], "fgsm"),
+        (["bim@0.1", "bim@25.5/255", "bim@5/255"], ["clean", "bim", "bim@5/255"], "bim"),
+        (["bim@0.02"], ["clean", "bim@0.02"], "bim@0.02"),
+    ],
+)
+def test_clean_images_are_always_there_and_an_attack_has_one_name(tmp_path, monkeypatch, given, made, iterated):
+    """So that a notebook finds what it asks for, and the name of an attack is that of its row."""
+    monkeypatch.setattr(files, "RUNS", tmp_path)
+    study = open_study("05_purify_a", dataset="mnist5k", n=4, attacks=given)
+    assert list(study.attacked) == made
+    assert study.iterated == iterated
+    _, rows = study.purified({"none": None})
+    assert labelled(pd.DataFrame(rows), study.epsilon).attack.tolist() == made
+
+
+def test_without_an_attack_there_is_no_iterated_one():
+    study = open_study("05_purify_a", dataset="mnist5k", n=4, attacks=["clean"])
+    with pytest.raises(ValueError, match="clean images alone; needed: an attack"):
+        study.iterated  # noqa: B018
+    with pytest.raises(ValueError, match=r"3 is no text; needed: such as bim@5/255"):
+        open_study("05_purify_a", dataset="mnist5k", n=4, attacks=["clean", 3])
+
+
+def test_more_images_than_there_are_is_told_with_what_to_give():
+    with pytest.raises(ValueError, match="1001 images asked for; there are 1000: give n = 1000, or less"):
+        open_study("05_purify_a", dataset="mnist5k", n=1001)

@@ -5,8 +5,9 @@ import torch
 from conftest import LinearDAE, images, set_gradients, snapshot, tiny_dae
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
-from apudae import load_model, recon_error
+from apudae import Purifier, load_model, recon_error
 from apudae.checkpoints import save_model
 from apudae.models import DAE, FFDNet, ResidualUNet, UNet, calibrate
 
@@ -192,3 +193,30 @@ def test_wrong_channels_are_named(function, kind):
 def test_images_of_another_dtype_than_the_network_are_refused():
     with pytest.raises(ValueError, match="float64"):
         recon_error(tiny_dae(), images(2, 1, 8, 8, dtype=torch.float64))
+
+
+def test_any_network_that_reconstructs_images_is_calibrated():
+    torch.manual_seed(0)
+    network = nn.Conv2d(1, 1, 3, padding=1)
+    x = images(8, 1, 6, 6)
+    calibrate(network, x)
+    errors = recon_error(network, x).detach()
+    torch.testing.assert_close(network.recon_mu, errors.mean())
+    torch.testing.assert_close(network.recon_sigma, errors.std())
+
+
+@pytest.mark.parametrize("what", [None, 3, torch.sigmoid, "mnist/dae"])
+def test_what_is_no_network_is_named(what):
+    for use in (lambda: calibrate(what, images(3, 1, 6, 6)), lambda: recon_error(what, images(3, 1, 6, 6))):
+        with pytest.raises(ValueError, match=r"needed: a torch.nn.Module"):
+            use()
+    with pytest.raises(ValueError, match=r"needed: a torch.nn.Module"):
+        Purifier(what, "A")
+
+
+@pytest.mark.parametrize("x", [None, images(1, 1, 6, 6), images(0, 1, 6, 6), images(3, 6, 6), [[0.5]]])
+def test_calibration_needs_images(x):
+    with pytest.raises(ValueError, match="images"):
+        calibrate(nn.Identity(), x)
+    with pytest.raises(ValueError, match="deviation 0"):
+        calibrate(nn.Identity(), images(3, 1, 6, 6))

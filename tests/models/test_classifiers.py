@@ -1,3 +1,4 @@
+import inspect
 import os
 import sys
 
@@ -7,9 +8,11 @@ from conftest import images
 from torch import nn
 
 from apudae import load_dataset, load_model
+from apudae.baselines.defense_gan import Critic
+from apudae.checkpoints import ARCHITECTURES
 from apudae.datasets import take
 from apudae.evaluation.accuracy import accuracy
-from apudae.models import ResNet, ResNet8
+from apudae.models import CNN, MLP, ResNet, ResNet8, StridedCNN
 from apudae.models.classifiers import CIFAR10_MEAN, CIFAR10_STD
 
 SAMPLE = os.path.join(os.environ.get("APUDAE_DATA", ""), "imagenet-sample")
@@ -180,3 +183,39 @@ def test_resnet8_for_other_images():
     assert model(images(2, 1, 16, 20)).shape == (2, 3)
     with pytest.raises(ValueError, match="classes is 1"):
         ResNet8(4, classes=1)
+
+
+@pytest.mark.parametrize("model", [ResNet8(4), ResNet(10), MLP(), CNN(), StridedCNN(4)], ids=lambda m: type(m).__name__)
+def test_images_of_other_channels_are_named(model):
+    """Broadcasting would make colour of grey images, three times the same, without a word."""
+    size, channels = (32, 3) if "ResNet" in type(model).__name__ else (28, 1)
+    model.eval()(images(2, channels, size, size))
+    for wrong in (1, 2, 3):
+        if wrong != channels:
+            with pytest.raises(ValueError, match=rf"this network needs \(n, {channels}, height, width\)"):
+                model(images(2, wrong, size, size))
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.5, True, None, "two"])
+@pytest.mark.parametrize("key", ["channels", "depth", "width", "classes"])
+@pytest.mark.parametrize("name", [*ARCHITECTURES, "critic"])
+def test_sizes_that_cannot_be_are_named(name, key, value):
+    kind = {**ARCHITECTURES, "critic": Critic}[name]
+    if key in inspect.signature(kind).parameters:
+        with pytest.raises(ValueError, match=f"{key} is {value!r}; needed: a whole number of at least"):
+            kind(**{key: value})
+
+
+@pytest.mark.parametrize("name", ["python:a:b:c", "python:a", "python::b", "python:a:", "python:", "python:a b:c"])
+def test_what_names_no_function_is_told(name):
+    with pytest.raises(ValueError, match="names no function of a module; needed: python:MODULE:FUNCTION"):
+        load_model(name)
+
+
+def test_modules_of_ones_own_lie_where_the_user_stands(monkeypatch, tmp_path):
+    (tmp_path / "mine_here.py").write_text("import torch\nbuild = torch.nn.Flatten\n")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setenv("APUDAE_HERE", str(tmp_path))
+    assert load_model("python:mine_here:build")(images(2, 1, 2, 2)).shape == (2, 4)
+    assert load_model("python:torch.nn:Flatten")(images(1, 1, 2, 2)).shape == (1, 4)
+    assert sys.path[-1] == str(tmp_path), "nothing there stands before what is installed"
