@@ -81,10 +81,9 @@ def _label(line: dict, entry: object) -> str:
 def gray_box(
     name: str, classifier: str, dae: str, steps: str = "15", step_size: str = "0.01", metric: str = "top-1"
 ) -> str:
-    """Attack × purifier of the rows in data/results/`name`, in Markdown; `steps`: n, several separated by commas.
+    """`gray_box_table` of the rows in data/results/`name`; `steps`: n, several separated by commas.
 
-    Bold: the best of a line, and what its interval does not tell from it. "(200)": so many images, fewer than most.
-    The paper's figures stand beside those of its own metric alone. Attacks that no purifier has met are left out.
+    Attacks that no purifier has met are left out.
     """
     every, wanted = read_results(RESULTS / name), [int(text) for text in steps.split(",")]
     for column, word in {"classifier": classifier, "dae": dae, "metric": metric}.items():
@@ -93,7 +92,15 @@ def gray_box(
     if missing := [n for n in wanted if n not in rows.steps.to_list()]:
         raise ValueError(f"{name} has no row of this study with n = {missing[0]} and α = {float(step_size):g}")
     drawn = main_table(rows)[0]
-    drawn = drawn[drawn.attack.isin(drawn[drawn.purifier != "none"].attack)]
+    return gray_box_table(drawn[drawn.attack.isin(drawn[drawn.purifier != "none"].attack)], metric)
+
+
+def gray_box_table(drawn: pd.DataFrame, metric: str = "top-1") -> str:
+    """Attack × purifier in Markdown, of the rows of `main_table`.
+
+    Bold: the best of a line, and what its interval does not tell from it. "(200)": so many images, fewer than most.
+    The paper's figures stand beside those of its own metric alone.
+    """
     dataset, purifiers, most = drawn.dataset.iloc[0], list(dict.fromkeys(drawn.purifier)), drawn.n.mode().max()
     theirs = {"photographs": "top-10 of right"}.get(look_up(dataset).noun, "top-1")
     paper = published(dataset if metric == theirs else "")
