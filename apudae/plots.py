@@ -5,6 +5,7 @@ import io
 import os
 import shutil
 import sys
+import textwrap
 import warnings
 
 import numpy as np
@@ -52,8 +53,10 @@ def _drawable() -> bool:
 def image_strip(columns: dict[str, Tensor], captions: dict[str, list[str]], title: str) -> go.Figure:
     """Rows of images: `columns` maps a heading to images (n, C, H, W) in [0, 1], `captions` to a text under each."""
     rows = len(next(iter(columns.values())))
+    cell = min(110, (WIDTH - 90) / len(columns))
+    headings = ["<br>".join(textwrap.wrap(heading, int(cell / 8))) for heading in columns]
     gap = {"horizontal_spacing": 0.01, "vertical_spacing": 0.22 / rows}
-    figure = make_subplots(rows, len(columns), column_titles=list(columns), **gap)
+    figure = make_subplots(rows, len(columns), column_titles=headings, **gap)
     for column, (heading, images) in enumerate(columns.items(), start=1):
         for row, image in enumerate(images, start=1):
             figure.add_trace(go.Image(source=_encoded(image), hoverinfo="skip"), row, column)
@@ -61,10 +64,9 @@ def image_strip(columns: dict[str, Tensor], captions: dict[str, list[str]], titl
             figure.update_xaxes(title={"text": text, "standoff": 2, "font_size": 13}, row=row, col=column)
     figure.update_xaxes(showticklabels=False, showgrid=False, zeroline=False)
     figure.update_yaxes(showticklabels=False, showgrid=False, zeroline=False)
-    cell = min(110, (WIDTH - 90) / len(columns))
-    return figure.update_layout(
-        title=title, width=cell * len(columns) + 90, height=(cell + 20) * rows + 130, margin_t=80
-    )
+    lines = max(heading.count("<br>") for heading in headings)
+    height = (cell + 20) * rows + 130 + 20 * lines
+    return figure.update_layout(title=title, width=cell * len(columns) + 90, height=height, margin_t=80 + 20 * lines)
 
 
 def _encoded(image: Tensor) -> str:
