@@ -22,7 +22,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # from the ground up; a module may import from its own line and from those above it
 LAYERS = [
     ["names", "contracts", "compat"],
-    ["files", "batching", "autograd", "plots"],
+    ["files", "processes", "batching", "autograd", "plots"],
     ["datasets", "models"],
     ["attacks", "purification"],
     ["training"],

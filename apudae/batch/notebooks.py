@@ -9,7 +9,6 @@ from typing import Any
 
 import nbformat
 import papermill
-import torch
 from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpecManager
 from nbclient.exceptions import DeadKernelError
@@ -53,8 +52,13 @@ def run_notebook(
     parameters = check_parameters(name, given)
     run = parameters.get("run", declared_parameters(name)["run"][0])
     target = target or run_folder(run) / f"{name}.ipynb"
-    if parameters.get("device") == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device is 'cuda', and there is no GPU that torch can use here; leave it out, or give 'cpu'")
+    if parameters.get("device") == "cuda":
+        import torch  # here, as it takes seconds, which a notebook on a CPU need not wait for
+
+        if not torch.cuda.is_available():
+            raise ValueError(
+                "device is 'cuda', and there is no GPU that torch can use here; leave it out, or give 'cpu'"
+            )
     words = [word for key, value in parameters.items() for word in ("-p", key, str(value))]
     known = {"APUDAE_COMMIT": provenance()["commit"], "APUDAE_DATA": str(data_root())}
     known["APUDAE_COMMAND"] = " ".join(["apudae run", name, *words])

@@ -21,10 +21,10 @@ import torch
 
 from ..contracts import check_known
 from ..files import RUNS, written_aside
-from ..training.distributed import die_with_parent
-from . import NotebookError
+from ..processes import die_with_parent
+from . import RESULTS, NotebookError
 from .parameters import read_mapping
-from .sweep import RESULTS, WORKFLOW, read_sweep
+from .sweep import WORKFLOW, read_sweep
 
 PROFILES = WORKFLOW / "profiles"
 # how Snakemake reports on a step

@@ -15,10 +15,10 @@ from ..contracts import check_known
 from ..datasets import FOLDER, SPLITS, look_up
 from ..files import CHECKPOINTS, ROOT, RUNS, run_folder
 from ..purification.config import PRESETS
+from . import RESULTS
 from .parameters import NOTEBOOKS, check_parameters, declared_parameters, read_mapping
 
 WORKFLOW = ROOT / "workflow"
-RESULTS = "results"  # the step that merges the rows
 
 
 def read_sweep(path: Path, device: str = "") -> dict[str, Any]:
