@@ -65,13 +65,14 @@ def gpu_places(sweep: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     return [f"{gpu}.{place}" for place in range(share) for gpu in gpus]
 
 
-def run_sweep(path: Path, profile: str = "local", dry_run: bool = False) -> None:
+def run_sweep(path: Path, profile: str = "local", dry_run: bool = False, given: dict[str, Any] | None = None) -> None:
     """Run the steps of a sweep file that are not done. NotebookError, naming each, if some failed.
 
+    `given`: parameters in place of the file's general ones.
     After any death of an earlier launcher, calling this again goes on where it was.
     """
     settings = read_profile(profile)
-    sweep = read_sweep(path, settings["config"].get("device", ""))
+    sweep = read_sweep(path, settings["config"].get("device", ""), given)
     sweep["gpu_places"] = gpu_places(sweep, settings)
     folder = RUNS / path.stem
     with _alone(folder):
