@@ -104,7 +104,14 @@ def test_the_readmes_example_runs():
     exec(example, {})
 
 
-@pytest.mark.parametrize("page", pages(), ids=lambda path: path.name)
+slow = pytest.mark.slow  # counts the operations of networks
+PAGES = [
+    pytest.param(page, id=str(page.relative_to(ROOT)), marks=slow if "workflow" in page.parts else ())
+    for page in pages()
+]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_tables_of_the_pages_are_made_from_the_rows(page):
     text = page.read_text(encoding="utf-8")
     assert MARKED.search(text)
