@@ -25,10 +25,8 @@ from .ladder import attack_suite, resolve_budget
 from .results import read_results
 
 RATE = 40e12  # assumed: operations a second of a GPU in such networks; 4 % of what an H100 has in bfloat16
-PASS = {
-    "gradient": 0.005,
-    "training": 0.01,
-}  # assumed: seconds of one pass at least, which the launching of kernels takes
+# assumed: seconds of one pass over a batch at least, which the launching of its kernels takes
+PASS = {"gradient": 0.005, "training": 0.01}
 START = 20  # assumed: seconds that a step spends on its kernel, imports, data, figures and page
 BATCH = 256  # images that attacks and purifiers take at once
 EXACT = 3.5  # an exact gradient, in purifications: 90 ms by 26 ms (LOG.md, "A stronger attack suite")
@@ -43,53 +41,46 @@ def forward_operations(model: nn.Module, shape: tuple[int, int, int]) -> int:
     return counter.get_total_flops()
 
 
-def suite_passes(dataset: str, gray: list[str], budget: str = "full") -> list[tuple[str, str, float]]:
-    """Attacks of the suite: name, surrogate, gradients (of Square: queries) for an image that stands, in the mean."""
-    settings = attack_settings(dataset, ["bim", "pgd", *gray])
-    found = []
-    for each in attack_suite(settings, budget, gray):
-        steps = each.parameters.get("queries") or _steps(each.attack, each.parameters)
-        steps *= each.parameters.get("restarts", 1) * each.parameters.get("targets", 1)
-        found.append((each.name, each.surrogate, each.share * steps))
-    return found
-
-
-def _steps(attack: str, given: dict[str, Any]) -> int:
-    """Gradients that an attack takes of each image; as many are its steps."""
+def _steps(attack: str, given: dict[str, Any]) -> float:
+    """Gradients (of Square: queries) that an attack takes of each image; as many are its steps."""
     if attack in ("random", "fgsm", "r_fgsm"):
         return int(attack != "random")
-    if attack in ("bim", "pgd"):
+    if attack in ("bim", "pgd", "counter_attack_b"):
         return default_steps(given["epsilon"], given["step_size"], given.get("steps"))
-    return given.get("steps", 20) * given.get("search_steps", 1)
+    times = [given.get(name, 1) for name in ("search_steps", "restarts", "targets")]
+    return given.get("queries", given.get("steps")) * math.prod(times)
 
 
 def suite_operations(
     dataset: str, purifier: str, steps: int, classifier: float, dae: float, other: float = 0.0, until: str = ""
 ) -> tuple[float, float]:
-    """Operations and passes of the `full` suite for one image that stands to the end, or to the attack `until`."""
+    """Operations and passes of the `full` suite for one image that stands to the end, or to the attack `until`.
+
+    `classifier`, `dae` and `other` (0: there is none): operations of their forward passes; `steps`: n of Eq. 2.
+    """
     config, budget = PRESETS.get(purifier), resolve_budget("full")
-    steps = (1 if config.direct else steps) if config else 0
-    purified, draws = (1 if config and config.direct else 2) * dae * steps, 1
-    reads = 1
-    if config and config.is_random:
-        draws, reads = budget.samples, budget.choices + budget.verdicts
-    cost = {"classifier": 2 * classifier, "other": 2 * other, "dae": 2 * (classifier + dae)}
-    cost |= {"with_error": cost["dae"], "black_box": purified + classifier}
-    cost |= {"identity": draws * (purified + 2 * classifier), "bpda_dae": draws * (purified + cost["dae"])}
-    cost |= {"trajectory": draws * (purified + 2 * classifier * (steps + 1))}
-    cost |= {"exact": draws * (EXACT * purified + 2 * classifier)} | ({"fixed": EXACT * purified} if draws > 1 else {})
-    if config is None:
-        cost = {name: cost[name] for name in ("classifier", "other", "dae", "with_error")}
-    operations = passes = 0.0
-    for name, surrogate, gradients in suite_passes(dataset, ["fgsm", "r_fgsm", "bim", "pgd"]):
-        if surrogate in cost and (surrogate != "other" or other):
-            operations += gradients * cost[surrogate] + reads * (purified + classifier)
-            through = {"exact": EXACT * steps, "fixed": EXACT * steps, "identity": steps, "bpda_dae": steps}
-            through |= {"trajectory": steps, "black_box": steps}
-            passes += gradients * max(1, draws * through.get(surrogate, 0)) + reads * (steps + 1)
-        if name == until:
+    once, direct = 2 * classifier, (2 * (classifier + dae), 1)
+    of = {"classifier": (once, 1), "dae": direct, "with_error": direct}  # of one gradient, by surrogate
+    of |= {"other": (2 * other, 1)} if other else {}
+    purified, taken, draws, reads = 0.0, 0, 1, 1
+    if config:
+        purified, taken = (dae, 1) if config.direct else (2 * dae * steps, steps)
+        draws, reads = (budget.samples, budget.choices + budget.verdicts) if config.is_random else (1, 1)
+        exact = EXACT * purified + once
+        of |= {"identity": (draws * (purified + once), draws * taken)}
+        of |= {"bpda_dae": (draws * (purified + direct[0]), draws * taken)}
+        of |= {"trajectory": (draws * (purified + once * (taken + 1)), draws * taken)}
+        of |= {"exact": (draws * exact, draws * EXACT * taken), "black_box": (purified + classifier, taken)}
+        of |= {"fixed": (exact, EXACT * taken)} if config.is_random else {}
+    gray, total = ["fgsm", "r_fgsm", "bim", "pgd"], [0.0, 0.0]
+    for each in attack_suite(attack_settings(dataset, ["bim", "pgd", *gray]), budget, gray):
+        if each.surrogate in of:
+            gradients = each.share * _steps(each.attack, each.parameters)
+            total[0] += gradients * of[each.surrogate][0] + reads * (purified + classifier)
+            total[1] += gradients * of[each.surrogate][1] + reads * (taken + 1)
+        if each.name == until:
             break
-    return operations, passes
+    return total[0], total[1]
 
 
 def _seconds(images: int, operations: float, passes: float) -> float:
