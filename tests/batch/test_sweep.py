@@ -258,6 +258,12 @@ def test_profiles(monkeypatch):
         read_profile("slurm")
 
 
+def test_a_step_starts_without_what_takes_seconds():
+    """Its notebook imports torch; the process that starts it needs neither that nor jsonschema's grammar."""
+    code = "import sys, apudae.batch.step; assert not {'torch', 'pandas', 'lark'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 def test_command_refuses_with_status_2(repository):
     sound = written(repository, "sound", steps={"a": {"notebook": "01_rows"}})
     status, said = run(repository, sound, "--profile", "cloud")
