@@ -22,7 +22,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # from the ground up; a module may import from its own line and from those above it
 LAYERS = [
     ["names", "contracts", "compat"],
-    ["files", "batching", "autograd", "plots"],
+    ["files", "processes", "batching", "autograd", "plots"],
     ["datasets", "models"],
     ["attacks", "purification"],
     ["training"],
@@ -104,7 +104,7 @@ def test_the_readmes_example_runs():
     exec(example, {})
 
 
-@pytest.mark.parametrize("page", pages(), ids=lambda path: path.name)
+@pytest.mark.parametrize("page", pages(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_tables_of_the_pages_are_made_from_the_rows(page):
     text = page.read_text(encoding="utf-8")
     assert MARK.search(text)

@@ -47,13 +47,14 @@ def run(notebook: str, pairs: tuple[tuple[str, str], ...], file: Path | None) ->
 
 @cli.command()
 @click.argument("config", type=click.Path(path_type=Path))
+@click.option("-p", "pairs", nargs=2, multiple=True, metavar="NAME VALUE", help="Set one general parameter.")
 @click.option("--profile", default="local", show_default=True, help="Where: a folder of workflow/profiles/.")
-@click.option("--dry-run", is_flag=True, help="Say what would run, and stop.")
-def sweep(config: Path, profile: str, dry_run: bool) -> None:
+@click.option("--dry-run", is_flag=True, help="Say what would run, and about how long, and stop.")
+def sweep(config: Path, pairs: tuple[tuple[str, str], ...], profile: str, dry_run: bool) -> None:
     """Run the graph of notebooks of the sweep file CONFIG (workflow/config/mnist.yaml), as far as it is not done."""
     from .snakemake import run_sweep
 
-    run_sweep(config, profile, dry_run)
+    run_sweep(config, profile, dry_run, dict(pairs))
 
 
 @cli.command()

@@ -11,7 +11,6 @@ from typing import Any
 
 import nbformat
 import papermill
-import torch
 from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpecManager
 from nbclient.exceptions import DeadKernelError
@@ -55,8 +54,13 @@ def run_notebook(
     parameters = check_parameters(name, given)
     run = parameters.get("run", declared_parameters(name)["run"][0])
     target = target or run_folder(run) / f"{name}.ipynb"
-    if parameters.get("device") == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device is 'cuda', and there is no GPU that torch can use here; leave it out, or give 'cpu'")
+    if parameters.get("device") == "cuda":
+        import torch  # here, as it takes seconds, which a notebook on a CPU need not wait for
+
+        if not torch.cuda.is_available():
+            raise ValueError(
+                "device is 'cuda', and there is no GPU that torch can use here; leave it out, or give 'cpu'"
+            )
     known = {"APUDAE_COMMIT": provenance()["commit"], "APUDAE_DATA": str(data_root()), "APUDAE_HERE": str(here())}
     known["APUDAE_COMMAND"] = _command(name, parameters)
     failed = target.with_suffix(".failed.ipynb")

@@ -20,11 +20,12 @@ import pandas as pd
 import torch
 
 from ..contracts import check_known
+from ..files import RESULTS as COMMITTED
 from ..files import RUNS, here, written_aside
-from ..training.distributed import die_with_parent
-from . import NotebookError
-from .parameters import read_mapping
-from .sweep import RESULTS, WORKFLOW, read_sweep
+from ..processes import die_with_parent
+from . import RESULTS, NotebookError
+from .parameters import declared_parameters, read_mapping
+from .sweep import WORKFLOW, read_sweep
 
 PROFILES = WORKFLOW / "profiles"
 # how Snakemake reports on a step
@@ -65,13 +66,14 @@ def gpu_places(sweep: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     return [f"{gpu}.{place}" for place in range(share) for gpu in gpus]
 
 
-def run_sweep(path: Path, profile: str = "local", dry_run: bool = False) -> None:
+def run_sweep(path: Path, profile: str = "local", dry_run: bool = False, given: dict[str, Any] | None = None) -> None:
     """Run the steps of a sweep file that are not done. NotebookError, naming each, if some failed.
 
+    `given`: parameters in place of the file's general ones.
     After any death of an earlier launcher, calling this again goes on where it was.
     """
     settings = read_profile(profile)
-    sweep = read_sweep(path, settings["config"].get("device", ""))
+    sweep = read_sweep(path, settings["config"].get("device", ""), given)
     sweep["gpu_places"] = gpu_places(sweep, settings)
     folder = RUNS / path.stem
     with _alone(folder):
@@ -116,19 +118,45 @@ def _steps_to_do(command: list[str], sweep: dict[str, Any]) -> list[str]:
 
 
 def _estimate(sweep: dict[str, Any], todo: list[str], folder: Path, workers: int) -> None:
-    """Say about how long `todo` takes by earlier benchmarks: all of it on the workers, the longest chain at least."""
-    seconds, chain = {}, {}
+    """Say about how long `todo` takes by earlier benchmarks: all of it on the workers, the longest chain at least.
+
+    A step that never ran here takes what committed rows of its notebook took an image.
+    """
+    seconds, chain, known, by_rows = {}, {}, _seconds_of_rows() if todo else {}, 0
     for name in todo:
-        benchmark = folder / f"{name}.benchmark.tsv"
+        benchmark, step = folder / f"{name}.benchmark.tsv", sweep["steps"].get(name)
         if benchmark.is_file():
             seconds[name] = float(pd.read_csv(benchmark, sep="\t").s.mean())
+        elif step:
+            own = {key: default for key, (default, _) in declared_parameters(step["notebook"]).items()}
+            own |= step["parameters"]
+            each = known.get((step["notebook"], own.get("dataset"), step["gpu"] > 0))
+            if each is not None:
+                seconds[name], by_rows = each * own["n"], by_rows + 1
         after = sweep["merged"] if name == RESULTS else sweep["steps"][name]["after"]
         chain[name] = seconds.get(name, 0) + max((chain.get(earlier, 0) for earlier in after), default=0)
     if seconds:
         minutes = max(sum(seconds.values()) / workers, *chain.values()) / 60
-        click.echo(f"about {minutes:.1f} minutes, by earlier benchmarks of {len(seconds)} of them")
+        parts = {"earlier benchmarks": len(seconds) - by_rows, "committed rows": by_rows}
+        told = " and ".join(f"by {kind} of {count} of them" for kind, count in parts.items() if count)
+        click.echo(f"about {minutes:.1f} minutes, {told}")
     elif todo:
         click.echo("no estimate of the time: none of them has run here before")
+
+
+def _seconds_of_rows() -> dict[tuple[str, str, bool], float]:
+    """Seconds an image of a notebook, on a data set, on a GPU or not: the median of its runs whose rows are committed.
+
+    Of what these rows time: attacks and purifiers, not trainings and the start.
+    """
+    tables = [pd.read_csv(path, keep_default_na=False) for path in COMMITTED.glob("*.csv")]
+    tables = [table for table in tables if {"notebook", "kind", "seconds"} <= set(table)]
+    if not tables:
+        return {}
+    rows = pd.concat(tables).query("metric == 'top-1' and kind != 'worst_case' and seconds > 0")
+    rows = rows.assign(gpu=~rows.device.str.startswith("cpu"))
+    runs = rows.groupby(["notebook", "dataset", "gpu", "command"]).agg({"seconds": "sum", "n": "max"})
+    return (runs.seconds / runs.n).groupby(["notebook", "dataset", "gpu"]).median().to_dict()
 
 
 def _run(command: list[str], todo: list[str], folder: Path) -> None:

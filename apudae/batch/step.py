@@ -9,12 +9,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from ..evaluation.results import merge_results
 from ..files import RUNS, locked
-from ..training.distributed import die_with_parent
-from . import NotebookError
+from ..processes import die_with_parent
+from . import RESULTS, NotebookError
 from .notebooks import run_notebook
-from .sweep import RESULTS
 
 
 @contextmanager
@@ -40,6 +38,8 @@ def run_step(name: str) -> None:
     """Run the step `name` of the sweep in the current folder."""
     sweep = json.loads(Path("steps.json").read_text(encoding="utf-8"))
     if name == RESULTS:
+        from ..evaluation.results import merge_results  # torch, which takes seconds, is the notebooks' alone
+
         return merge_results([Path(f"{step}.csv") for step in sweep["merged"]], Path("results.csv"), Path("tables.csv"))
     step = sweep["steps"][name]
     with ExitStack() as stack:

@@ -16,23 +16,25 @@ from ..datasets import SPLITS, look_up
 from ..files import CHECKPOINTS, ROOT, RUNS, from_root, run_folder
 from ..names import FOLDER
 from ..purification.config import PRESETS
+from . import RESULTS
 from .parameters import NOTEBOOKS, check_parameters, declared_parameters, from_here, read_mapping
 
 WORKFLOW = ROOT / "workflow"
-RESULTS = "results"  # the step that merges the rows
 
 
-def read_sweep(path: Path, device: str = "") -> dict[str, Any]:
+def read_sweep(path: Path, device: str = "", given: dict[str, Any] | None = None) -> dict[str, Any]:
     """The steps of a sweep file, checked and resolved, in an order in which they can run, and whose rows are merged.
 
-    `device` is that of every step which does not say its own. ValueError, one sentence, for anything that cannot work.
+    `device` is that of every step which does not say its own; `given` goes before the file's general parameters.
+    ValueError, one sentence, for anything that cannot work.
     """
     run_folder(path.stem)
     written = read_mapping(path)
     schema = yaml.safe_load((WORKFLOW / "config" / "schema.yaml").read_text(encoding="utf-8"))
     if error := jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema).iter_errors(written)):
         raise ValueError(f"{path}, at {error.json_path.removeprefix('$.')}: {' '.join(error.message.split())}")
-    general = ({"device": device} if device else {}) | written.get("parameters", {})
+    asked = written.get("parameters", {}) | (given or {})
+    general = ({"device": device} if device else {}) | asked
     outputs = [step.get("parameters", {}).get("output", "") for step in written["steps"].values()]
     steps, trained = {}, {(ROOT / str(output)).resolve() for output in outputs}
     for name, step in written["steps"].items():
@@ -40,7 +42,7 @@ def read_sweep(path: Path, device: str = "") -> dict[str, Any]:
             steps[name] = _resolved(name, step, general, path.stem, trained)
         except ValueError as error:
             raise ValueError(f"{path}, step {name}: {error}") from error
-    for key in written.get("parameters", {}):
+    for key in asked:
         if not any(key in step["parameters"] for step in steps.values()):
             raise ValueError(f"{path}: no notebook of its steps has the parameter {key!r}")
     for target, names in _targets(steps).items():
@@ -115,7 +117,7 @@ def _check_values(parameters: dict[str, Any], trained: set[Path]) -> None:
         if key in parameters:
             check_known(key, parameters[key], names)
     for key in {"classifier", "dae"} & parameters.keys():
-        if parameters[key] and (CHECKPOINTS / parameters[key]).resolve() not in trained:
+        if parameters[key] and not trained & {(folder / parameters[key]).resolve() for folder in (CHECKPOINTS, ROOT)}:
             load_model(parameters[key])
     if dataset := parameters.get("dataset"):
         look_up(dataset)

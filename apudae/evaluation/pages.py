@@ -22,6 +22,7 @@ from .tables import PLAIN, main_table, of_study, published, with_interval
 FILES = ("mnist-adaptive.csv", "cifar10-jpeg.csv")
 SHOWN = 0.1
 MARK = re.compile(r"^<!-- (?:table: (?P<table>.*?)|end of table) -->(?=[ \t\r]*$)", re.MULTILINE)
+PEERS = ("authors' loop", "foolbox", "torchattacks", "floor", "papermill")
 DEFENSE = ["dataset", "classifier", "dae", "purifier", "step_size", "steps"]
 
 
@@ -123,12 +124,41 @@ def _cell(figure: pd.Series, top: float, most: int) -> str:
     return text + (f" ({figure.n})" if figure.n < most else "")
 
 
-TABLES = {"suite": headline, "gray_box": gray_box}
+def benchmark_table(rows: pd.DataFrame) -> str:
+    """Times of ours and of others, in Markdown: milliseconds an image, and in brackets how many times ours.
+
+    `rows`: of data/results/benchmarks.csv, the last of each data set and name; the authors' loop and the floor are of a
+    data set, "all variants" of which they stand beside.
+    """
+    rows = rows.fillna({"dataset": ""}).drop_duplicates(["device", "dataset", "name", "library"], keep="last")
+    others = [name for name in PEERS if name in set(rows.library)]
+    lines = [f"| | n | ours, ms an image |{''.join(f' {name} |' for name in others)}", "|---" * (3 + len(others)) + "|"]
+    for (device, dataset), own in rows.groupby(["device", "dataset"], sort=False):
+        times = own.set_index(["library", "name"]).ms_per_image
+        lines.append(f"| **{dataset}**, {device} |" + " |" * (2 + len(others)))
+        for row in own[own.library == "ours"].itertuples():
+            beside = [times.get((other, row.name), times.get((other, "all variants"))) for other in others]
+            cells = ["–" if pd.isna(each) else f"{_short(each)} ({each / row.ms_per_image:.2g} ×)" for each in beside]
+            lines.append("| " + " | ".join([row.name, str(row.n), _short(row.ms_per_image), *cells]) + " |")
+    return "\n".join(lines)
+
+
+def _short(number: float) -> str:
+    return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
+
+
+def benchmarks(kind: str, *names: str) -> str:
+    """`benchmark_table` of the committed rows of this kind; with `names`, of ours these alone."""
+    rows = pd.read_csv(RESULTS / "benchmarks.csv").query("benchmark == @kind")
+    return benchmark_table(rows[(rows.library != "ours") | rows.name.isin(names or rows.name)])
+
+
+TABLES = {"suite": headline, "gray_box": gray_box, "benchmarks": benchmarks}
 
 
 def pages() -> list[Path]:
-    """README, and the pages beside the rows."""
-    return [ROOT / "README.md", *sorted(RESULTS.glob("*.md"))]
+    """README, the pages beside the rows, and that of the workflow, which says what things cost."""
+    return [ROOT / "README.md", *sorted(RESULTS.glob("*.md")), ROOT / "workflow" / "README.md"]
 
 
 def with_tables(text: str, page: str = "the page") -> str:

@@ -1,7 +1,6 @@
-"""Training in several processes that share each batch, one for each GPU; and dying with one's parent."""
+"""Training in several processes that share each batch, one for each GPU."""
 
 import copy
-import ctypes
 import os
 import signal
 import sys
@@ -18,6 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.utils.data import Dataset
 
 from ..contracts import check_whole
+from ..processes import die_with_parent
 
 
 def in_processes(
@@ -125,11 +125,3 @@ class SharedBatchNorm(nn.BatchNorm2d):
         self.running_var.lerp_(var.detach() * count / (count - 1), self.momentum)
         self.num_batches_tracked += 1
         return centred * ((var + self.eps).rsqrt() * self.weight)[:, None, None] + self.bias[:, None, None]
-
-
-def die_with_parent(parent: int) -> None:
-    """Have Linux kill this process when `parent`, which started it, dies, even by kill -9: no orphans."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:  # it died before the call
-            os._exit(1)

@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from apudae.training.distributed import die_with_parent
+from apudae.processes import die_with_parent
 
 CONFIG = Path("/etc/slurm/slurm.conf")  # where Slurm's programs look
 DAEMONS = ("munged", "slurmctld", "slurmd")

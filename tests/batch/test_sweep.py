@@ -21,8 +21,8 @@ import torch
 import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
+from apudae.batch import snakemake, sweep
 from apudae.batch import step as one_step
-from apudae.batch import sweep
 from apudae.batch.snakemake import gpu_places, read_profile
 from apudae.batch.step import gpu_place
 from apudae.batch.sweep import read_sweep
@@ -170,7 +170,7 @@ def test_bad_sweep_file_is_refused_in_one_sentence(case, tmp_path):
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("name", ["mnist", "test", "cifar10", "cifar10-jpeg"])
+@pytest.mark.parametrize("name", ["mnist", "test", "cifar10", "cifar10-jpeg", "gpu"])
 def test_shipped_sweep_files_are_sound(name):
     resolved = read_sweep(ROOT / "workflow" / "config" / f"{name}.yaml")
     assert resolved["order"][-1] == "tables"
@@ -178,6 +178,7 @@ def test_shipped_sweep_files_are_sound(name):
     runs = {
         "cifar10": [],
         "cifar10-jpeg": ["held_out", "adversarial", "resnet8", "targets"],
+        "gpu": ["held_out", "adversarial", "resnet"],
     }  # other images, classifiers
     others = {f"{name}/{run}" for run in runs.get(name, ["held_out"])}
     assert {step["parameters"]["run"] for step in resolved["steps"].values()} == {name} | others
@@ -208,6 +209,31 @@ def test_cifar10_trains_its_networks_before_it_needs_them(monkeypatch):
     assert [given["steps"], *given["further"]] == [15, 18, 24], "the paper's n, and ours"
 
 
+@pytest.mark.parametrize("dataset", ["", "cifar10-jpeg"])
+def test_gpu_lane_trains_what_it_measures_and_takes_another_data_set_by_one_word(dataset):
+    """No network that it trains is there yet: `read_sweep` would refuse one that no step writes."""
+    resolved = read_sweep(ROOT / "workflow" / "config" / "gpu.yaml", given={"dataset": dataset} if dataset else None)
+    steps, place = resolved["steps"], resolved["order"].index
+    assert all(step["gpu"] == 1 for name, step in steps.items() if name != "tables"), "each step takes the GPU"
+    written = {step["parameters"]["output"]: name for name, step in steps.items() if "output" in step["parameters"]}
+    assert len(written) == 6
+    used = set()
+    for name, step in steps.items():
+        given = step["parameters"]
+        networks = [given.get(key, "") for key in ("classifier", "dae", "other", "initial")] + given.get(
+            "classifiers", []
+        )
+        own = given.get("output")
+        for network in {network for network in networks if network.startswith("data/runs/gpu")} - {own}:
+            assert place(written[network]) < place(name), f"{name} needs {network}"
+            used.add(network)
+        if name != "tables":
+            assert given["dataset"] == (dataset or "cifar10")
+    assert used | {"data/runs/gpu/adversarial"} == set(written), "nothing is trained in vain"
+    with pytest.raises(ValueError, match=r"gpu\.yaml: no notebook of its steps has the parameter 'images'"):
+        read_sweep(ROOT / "workflow" / "config" / "gpu.yaml", given={"images": "5"})
+
+
 def test_small_configuration_has_the_keys_of_the_large_one():
     large, small = (
         yaml.safe_load((ROOT / "workflow" / "config" / f"{name}.yaml").read_text()) for name in ("mnist", "test")
@@ -230,6 +256,12 @@ def test_profiles(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(ValueError, match="needs slurm, which is not installed here: there is no sbatch"):
         read_profile("slurm")
+
+
+def test_a_step_starts_without_what_takes_seconds():
+    """Its notebook imports torch; the process that starts it needs neither that nor jsonschema's grammar."""
+    code = "import sys, apudae.batch.step; assert not {'torch', 'pandas', 'lark'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_command_refuses_with_status_2(repository):
@@ -334,6 +366,21 @@ def test_dry_run_says_what_a_change_makes_necessary_and_starts_nothing(repositor
     assert (status, "4 steps, 1 done, 3 to do" in said) == (0, True), said
     assert "by earlier benchmarks of 2 of them\nuse\nresults\nread\n" in said
     assert {path: path.stat().st_mtime_ns for path in folder.glob("*.ipynb")} == before
+
+
+def test_dry_run_estimates_by_committed_rows_what_never_ran_here(tmp_path, monkeypatch, capsys):
+    facts = {"dataset": "mnist", "device": "cpu", "metric": "top-1", "notebook": "03_attacks", "n": 100}
+    runs = [("attack", "one", 10.0), ("attack", "one", 20.0), ("worst_case", "one", 99.0), ("attack", "two", 60.0)]
+    rows = [facts | {"kind": kind, "command": command, "seconds": seconds} for kind, command, seconds in runs]
+    rows += [rows[0] | {"device": "a GPU", "seconds": 1.0}, rows[0] | {"metric": "top-5"}]
+    pd.DataFrame(rows).to_csv(tmp_path / "rows.csv", index=False)
+    monkeypatch.setattr(snakemake, "COMMITTED", tmp_path)
+    known = {("03_attacks", "mnist", False): pytest.approx(0.45), ("03_attacks", "mnist", True): pytest.approx(0.01)}
+    assert snakemake._seconds_of_rows() == known, "the median of .3 and .6"
+    given = {"notebook": "03_attacks", "after": [], "parameters": {"dataset": "mnist", "n": 2000}, "gpu": 0}
+    steps = {"a": given, "b": given | {"parameters": {"dataset": "cifar10", "n": 2000}}}
+    snakemake._estimate({"steps": steps, "merged": []}, ["a", "b"], tmp_path, workers=2)
+    assert capsys.readouterr().out == "about 15.0 minutes, by committed rows of 1 of them\n"
 
 
 def test_failure_is_named_and_the_rest_goes_on(repository):

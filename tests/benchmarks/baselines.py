@@ -4,18 +4,15 @@
 
 Defense-GAN has the paper's parameters (10 restarts, 200 steps) and is timed at the shipped width and at the original
 one, 64, with random weights, which cost the same. Prints a table and writes rows to data/results/benchmarks.csv.
-`times_ours`: how many times variant A's time.
 """
 
 import sys
 from functools import partial
 
 import torch
-from attacks import keep
-from purify import seconds
+from rows import keep, time_row, timings
 
 import apudae
-from apudae import files
 from apudae.baselines import DefenseGAN, Generator
 from apudae.datasets import take
 
@@ -28,17 +25,8 @@ def main(n: int = 50, repeats: int = 3) -> None:
     shipped = apudae.load_model("mnist/generator")
     generators = {f"defense_gan, width {shipped.width}": shipped, "defense_gan, width 64": Generator()}
     defenses |= {name: DefenseGAN(generator) for name, generator in generators.items()}
-    found = seconds({name: partial(defense, x) for name, defense in defenses.items()}, repeats)
-    rows = []
-    for name, taken in found.items():
-        rows.append(
-            {"benchmark": "baselines", "name": name, "library": "ours", "dataset": "mnist5k", "n": n}
-            | {"repeats": repeats, "ms_per_image": round(1000 * taken / n, 4)}
-            | {"times_ours": round(taken / found["A"], 3), "device": "cpu"}
-            | {"threads": torch.get_num_threads(), **files.provenance()}
-        )
-        print(f"{name:24s} {n / taken:10.2f} images/s {rows[-1]['times_ours']:9.3f} × A's time", flush=True)
-    keep(rows)
+    found = timings({name: partial(defense, x) for name, defense in defenses.items()}, repeats)
+    keep([time_row("baselines", name, times, n, dataset="mnist5k") for name, times in found.items()])
 
 
 if __name__ == "__main__":

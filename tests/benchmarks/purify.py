@@ -2,30 +2,25 @@
 
     python tests/benchmarks/purify.py [images] [repeats]
 
-- reference: what the authors' script does: torch.optim.Adam on an additive perturbation, autograd through the
+- authors' loop: what the authors' script does: torch.optim.Adam on an additive perturbation, autograd through the
   autoencoder with weight gradients on, every image in every step.
 - floor: the autoencoder's convolutions alone, each forward and for the gradient of its input, as often as there are
   steps.
 - bfloat16, where the processor has it: the same under torch.autocast.
 
-Prints a table and writes rows to data/results/benchmarks.csv. `times_reference` above 1: faster than the reference;
-`times_floor`: how many times the floor's time.
+Prints a table and writes rows to data/results/benchmarks.csv.
 """
 
-import statistics
 import sys
-from collections.abc import Callable
 from functools import partial
 
 import torch
-from attacks import keep
+from rows import keep, time_row, timings
 from torch import Tensor, nn
 
 import apudae
-from apudae import files
 from apudae.contracts import frozen
 from apudae.datasets import take
-from apudae.evaluation.results import Stopwatch
 from apudae.models import DAE, calibrate
 
 
@@ -87,37 +82,21 @@ def scenes(n: int) -> dict[str, tuple[nn.Module, Tensor, Tensor]]:
     }
 
 
-def seconds(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median time of each call; in turn, so that a drift of the machine's speed meets all alike."""
-    times = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            with Stopwatch() as watch:
-                call()
-            times[name].append(watch.seconds)
-    return {name: statistics.median(found) for name, found in times.items()}
-
-
 def main(n: int = 200, repeats: int = 5) -> None:
     rows = []
     for scene, (dae, attacked, stream) in scenes(n).items():
-        calls = {"reference": partial(reference, dae, attacked), "floor": partial(floor, convolutions(dae, attacked))}
-        calls |= {name: partial(apudae.purify, dae, attacked, name) for name in apudae.PRESETS}
+        others = {
+            "authors' loop": partial(reference, dae, attacked),
+            "floor": partial(floor, convolutions(dae, attacked)),
+        }
+        calls = others | {name: partial(apudae.purify, dae, attacked, name) for name in apudae.PRESETS}
         if scene == "mnist":
             calls["E, nine tenths clean"] = partial(apudae.purify, dae, stream, "E")
         elif torch.cpu.get_capabilities().get("avx512_bf16"):
             calls |= {f"{name}, bfloat16": partial(in_bfloat16, dae, attacked, name) for name in ("direct", "A")}
-        found = seconds(calls, repeats)
-        for name, taken in found.items():
-            rows.append(
-                {"benchmark": "purify", "name": name, "library": "ours", "dataset": scene, "n": len(attacked)}
-                | {"repeats": repeats, "ms_per_image": round(1000 * taken / len(attacked), 4)}
-                | {"times_reference": round(found["reference"] / taken, 2)}
-                | {"times_floor": round(taken / found["floor"], 2), "device": "cpu"}
-                | {"threads": torch.get_num_threads(), **files.provenance()}
-            )
-            ratios = f"{rows[-1]['times_reference']:6.2f} × reference {rows[-1]['times_floor']:6.2f} × floor's time"
-            print(f"{scene:13s} {name:22s} {len(attacked) / taken:9.1f} images/s {ratios}", flush=True)
+        for name, times in timings(calls, repeats).items():
+            about = {"name": "all variants", "library": name} if name in others else {}
+            rows.append(time_row("purify", name, times, len(attacked), dataset=scene) | about)
     keep(rows)
 
 

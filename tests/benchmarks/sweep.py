@@ -17,8 +17,8 @@ from pathlib import Path
 
 import nbformat
 import yaml
-from attacks import keep
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from rows import keep
 
 from apudae import files
 from apudae.evaluation.results import Stopwatch
