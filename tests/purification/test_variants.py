@@ -148,7 +148,7 @@ def test_trajectory_holds_every_step():
 
 @pytest.mark.parametrize("name", ["C", "D", "E", "F", "G"])
 def test_variants_that_need_mu_refuse_an_uncalibrated_autoencoder(name):
-    with pytest.raises(ValueError, match="^a purifier with .* needs μ and σ .*calibrate") as said:
+    with pytest.raises(ValueError, match=r"^a purifier with .* needs μ and σ .*calibrate") as said:
         purify(tiny_dae(), images(2, 1, 8, 8), name)
     assert str(said.value).index("needs") < 100
 
