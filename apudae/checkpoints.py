@@ -114,7 +114,7 @@ def _file(path: Path, ending: str) -> Path:
 def _read_sidecar(file: Path) -> dict[str, Any]:
     try:
         described = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is no JSON file ({error}); restore it (git checkout)") from error
     described = described if isinstance(described, dict) else {}
     architecture = described.get("architecture")

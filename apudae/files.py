@@ -8,7 +8,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,20 +45,34 @@ def data_root() -> Path:
 def written_aside(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; move it into place on success, remove it on failure.
 
-    What a link points to is replaced, not the link; a file keeps its mode.
+    What a link points to is replaced, not the link; a file keeps its mode. What a killed writer left goes.
     """
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    # a random name that nobody can have put a link at
-    handle, name = tempfile.mkstemp(f".partial{path.suffix}", f".{path.stem[:100]}.", path.parent)
-    os.close(handle)
+    start, end = f".{path.stem[:100]}.", f".partial{path.suffix}"
+    for left in path.parent.glob(f"{escape(start)}*{escape(end)}"):
+        _remove_unless_held(left)
+    handle, name = tempfile.mkstemp(end, start, path.parent)  # a random name that nobody can have put a link at
     aside = Path(name)
     try:
+        fcntl.flock(handle, fcntl.LOCK_EX)  # as long as this process lives
         yield aside
         aside.chmod(path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~UMASK)
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _remove_unless_held(path: Path) -> None:
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:  # gone, or nothing of ours
+        return
+    with suppress(OSError):
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink(missing_ok=True)
+    os.close(handle)
 
 
 @contextmanager
@@ -79,11 +94,12 @@ def save_tensors(path: Path, tensors: "dict[str, Tensor]", settings: Any) -> Non
 
     with written_aside(path) as aside:
         tensors = dict(sorted(tensors.items()))
-        save_file(tensors, aside, metadata={"settings": json.dumps(settings), "checksum": fingerprint(tensors)})
+        about = {"settings": json.dumps(settings), "name": path.name}
+        save_file(tensors, aside, metadata=about | {"checksum": fingerprint(tensors, sorted(about.items()))})
 
 
 def load_tensors(path: Path, advice: str) -> "tuple[dict[str, Tensor], Any]":
-    """What `save_tensors` wrote. ValueError, ending in `advice`, if it is missing or broken."""
+    """What `save_tensors` wrote. ValueError, ending in `advice`, if it is missing, broken or another file's content."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -91,11 +107,15 @@ def load_tensors(path: Path, advice: str) -> "tuple[dict[str, Tensor], Any]":
     try:
         with safe_open(path, framework="pt") as stored:
             tensors = {name: stored.get_tensor(name) for name in sorted(stored.keys())}
-            settings, checksum = (json.loads(stored.metadata()["settings"]), stored.metadata()["checksum"])
-    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
-        raise ValueError(f"{path} is broken ({error}); {advice}") from error
-    if fingerprint(tensors) != checksum:
+            about = dict(stored.metadata())
+        settings, checksum = json.loads(about["settings"]), about.pop("checksum")
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError, RuntimeError) as error:
+        raise ValueError(f"{path} is broken ({' '.join(str(error).split())}); {advice}") from error
+    things = [tensors, sorted(about.items())] if "name" in about else [tensors]  # without: an older file
+    if checksum != fingerprint(*things):
         raise ValueError(f"{path} is broken (its checksum differs); {advice}")
+    if about.get("name", path.name) != path.name:
+        raise ValueError(f"{path} is broken (it holds what {about['name']} should); {advice}")
     return tensors, settings
 
 

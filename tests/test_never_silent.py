@@ -6,8 +6,10 @@ A call ends in the right value, or in one ValueError; images and models are as b
 import json
 import math
 import os
+import random
 import subprocess
 import sys
+import time
 import warnings
 from dataclasses import replace
 
@@ -26,13 +28,16 @@ from torch import nn
 import apudae
 from apudae import PRESETS, Purifier, PurifyConfig, attacks, files
 from apudae.batch import notebooks, parameters
+from apudae.batch.sweep import read_sweep
 from apudae.batching import in_batches
+from apudae.checkpoints import save_model
 from apudae.datasets import hold_out
 from apudae.evaluation.accuracy import Accuracy, accuracy, predict
 from apudae.evaluation.grid import run_attack
 from apudae.evaluation.ladder import WorstCase, ladder
 from apudae.evaluation.results import read_results, record, result_row
 from apudae.models import calibrate
+from apudae.training.loop import Recipe, fit
 
 X, Y = images(6, 1, 4, 4), torch.tensor([0, 1, 2, 0, 1, 2])
 FACTS = {"dataset": "mnist5k", "classifier": "it", "purifier": "it"}
@@ -352,6 +357,96 @@ def test_rows_are_checked_before_anything_is_written(kind, tmp_path):
         record(path, [row(5, seed=2)])
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir() if "partial" in file.name] == []
+
+
+CONFIG = "steps:\n  it: {notebook: 00_quickstart, parameters: {n: 50, steps: 3}}\n"
+
+
+def kept_files(folder):
+    """One of each kind that is read again: the files, and how."""
+    dae, model = seeded_dae(), linear_classifier(16, 3)
+    save_model(folder / "dae", dae, metrics={"loss": 0.5})
+    record(folder / "it.csv", [row(3), row(4, seed=1)])
+    (folder / "it.yaml").write_text(CONFIG)
+    files.save_tensors(folder / "it.safetensors", {"images": X}, {"seconds": 1.5})
+
+    def trained():
+        torch.manual_seed(0)
+        network, digits = tiny_dae(), [(image, 0) for image in images(8, 1, 4, 4)]
+        fit(network, lambda net, x, y, _: net(x).square().mean(), digits, Recipe(2, 4), run_dir=folder / "train")
+        return network
+
+    def attacked():
+        return run_attack("pgd", model, X, Y, epsilon=0.1, steps=2, keep=folder / "kept")
+
+    trained()
+    attacked()
+    (batch,) = (folder / "kept").glob("*.safetensors")
+    return {
+        folder / "dae.safetensors": lambda: apudae.load_model(folder / "dae"),
+        folder / "dae.json": lambda: apudae.load_model(folder / "dae"),
+        folder / "it.safetensors": lambda: files.load_tensors(folder / "it.safetensors", "make it again"),
+        batch: attacked,
+        folder / "train" / "state.safetensors": trained,
+        folder / "it.csv": lambda: read_results(folder / "it.csv"),
+        folder / "it.yaml": lambda: read_sweep(folder / "it.yaml"),
+    }
+
+
+def broken(whole, others, draw):
+    """`whole` with bits flipped, an end or a middle missing, a part of zeros, or what another file holds."""
+    kind, place = draw.randrange(7), draw.randrange(len(whole))
+    if kind < 3:
+        changed = bytearray(whole)
+        for _ in range(1 + kind):
+            changed[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+        return bytes(changed)
+    if kind == 3:
+        return whole[:place]
+    if kind == 4:
+        return whole[:place] + whole[place + draw.randrange(1, 100) :]
+    if kind == 5:
+        return whole[:place] + bytes(min(64, len(whole) - place)) + whole[place + 64 :]
+    return draw.choice(others)
+
+
+def test_broken_files_end_in_the_right_value_or_in_one_sentence(tmp_path):
+    """Text that is read as figures has no checksum: there, another figure may be read; everywhere else it may not."""
+    readers, draw, said = kept_files(tmp_path), random.Random(0), []
+    whole = {file: file.read_bytes() for file in readers}
+    right = {file: files.fingerprint(read()) for file, read in readers.items() if file.suffix == ".safetensors"}
+    for number in range(350):
+        file, read = [*readers.items()][number % len(readers)]
+        others = [b"", b"[" * 100_000, b"\0" * 300, *(content for other, content in whole.items() if other != file)]
+        file.write_bytes(content := broken(whole[file], others, draw))
+        start = time.monotonic()
+        try:
+            found = read()
+        except ValueError as error:
+            said.append(str(error))
+        else:
+            assert file not in right or files.fingerprint(found) == right[file], content
+        assert time.monotonic() - start < 10, content
+        assert file.read_bytes() == content, "what is broken stays as it is"
+        file.write_bytes(whole[file])
+    assert len(said) > 250
+    assert not [sentence for sentence in said if not sentence or "\n" in sentence]
+
+
+def test_a_writer_that_was_killed_leaves_nothing_after_the_next_start(tmp_path):
+    path, code = tmp_path / "it.txt", "from apudae import files; import os, pathlib, sys\n"
+    code += "with files.written_aside(pathlib.Path(sys.argv[1])) as aside:\n"
+    code += "    aside.write_text('half'); os.kill(os.getpid(), 9)"
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", code, path], cwd=files.ROOT)
+    assert len(list(tmp_path.iterdir())) == 1, "the second start removed what the first had left"
+    with files.written_aside(path) as mine:
+        assert list(tmp_path.iterdir()) == [mine]
+        with files.written_aside(path) as other:
+            other.write_text("of another writer, who lives as well")
+        mine.write_text("whole")
+    assert [file.name for file in tmp_path.iterdir()] == ["it.txt"]
+    assert path.read_text() == "whole"
 
 
 # --- images -----------------------------------------------------------------------------------------------------------

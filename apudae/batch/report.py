@@ -12,7 +12,7 @@ from urllib.parse import quote
 import nbformat
 from plotly.offline import get_plotlyjs
 
-from ..files import ROOT, RUNS, provenance
+from ..files import ROOT, RUNS, locked, provenance
 from .html import TEXT_ALONE, page
 from .notebooks import run_notebook
 from .parameters import NOTEBOOKS, question
@@ -26,7 +26,13 @@ def write_report(results: Path) -> Path:
     if not results.is_file():
         raise ValueError(f"{results} is no file; needed: rows of results, as data/results/mnist.csv")
     executed = [path for path in sorted(results.parent.glob("[!.]*.ipynb")) if ".failed" not in path.suffixes]
-    folder, aside = RUNS / "report", RUNS / f".report.{os.getpid()}.partial"
+    folder, aside = RUNS / "report", RUNS / ".report.partial"
+    with locked(folder):
+        return _written(results, executed, folder, aside)
+
+
+def _written(results: Path, executed: list[Path], folder: Path, aside: Path) -> Path:
+    shutil.rmtree(aside, ignore_errors=True)  # of a report that was killed
     try:
         tables = run_notebook("17_results_tables", {"results": os.path.relpath(results, ROOT)})
         aside.mkdir(parents=True)

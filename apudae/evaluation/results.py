@@ -151,11 +151,11 @@ def read_results(path: Path) -> pd.DataFrame:
 def _read(path: Path) -> pd.DataFrame:
     try:
         table = pd.read_csv(path, keep_default_na=False, dtype=str)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        with open(path, encoding="utf-8", newline="") as file:
+            lengths = [len(fields) for fields in csv.reader(file) if fields]
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path} is no file of results ({' '.join(str(error).split())}); move it away") from error
-    with open(path, encoding="utf-8", newline="") as file:
-        lengths = [len(fields) for fields in csv.reader(file) if fields]
-    if missing := [name for name in COLUMNS if name not in table]:
+    if missing := [name for name in dict.fromkeys([*COLUMNS, *REAL]) if name not in table]:
         lacks = f"it lacks the columns {', '.join(missing)}"
         raise ValueError(f"{path} is no file of results, or an older one: {lacks}; move it away")
     if cut := [line for line, length in enumerate(lengths, start=1) if length != lengths[0]]:
@@ -175,8 +175,9 @@ def _check_rows(table: pd.DataFrame, where: str) -> None:
 def _wrong(row: dict[str, str]) -> str:
     """What is wrong with a row of a file, in words; "" if nothing is."""
     try:
-        n, correct = int(row["n"]), int(row["correct"])
-        accuracy, low, high = (float(row[name]) for name in ("accuracy", "ci_low", "ci_high"))
+        n, _, correct = (int(row[name]) for name in WHOLE)
+        accuracy, low, high, _ = (float(row[name]) for name in REAL)
+        _ = [float(row[name]) for name in MAYBE if row.get(name)]
         objects = [json.loads(row[name]) for name in ("attack_parameters", "purifier_parameters")]
     except ValueError as error:
         return str(error)

@@ -221,7 +221,7 @@ def _attacked(study: Study, attack: str) -> tuple[Tensor, float]:
             tensors, facts = load_tensors(path, advice="delete it, and it is made again")
             if len(tensors["images"]) >= n:
                 found = tensors["images"][:n].to(study.x)
-                if not (found - study.x).abs().max() <= setting["epsilon"] + 1e-6:
+                if found.shape != study.x.shape or not (found - study.x).abs().max() <= setting["epsilon"] + 1e-6:
                     raise ValueError(f"{path} is of other images; delete it, and it is made again")
                 return found, facts["seconds"]
         keep = study.folder / "adversarial"

@@ -5,12 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import Dataset
 
-from ..files import fingerprint, written_aside
+from ..files import fingerprint, load_tensors, save_tensors
 
 
 def whose(dataset: Dataset, networks: nn.Module, **facts: Any) -> dict[str, Any]:
@@ -29,30 +27,29 @@ def keep_training(
     tensors = {name: tensor.contiguous() for name, tensor in networks.state_dict().items()}
     for index, values in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": value.contiguous() for name, value in values.items()}
-    with written_aside(state) as aside:
-        save_file(tensors, aside, metadata={"identity": json.dumps(identity), "curve": json.dumps(curve)})
+    save_tensors(state, tensors, {"identity": identity, "curve": curve})
 
 
 def restore_training(
     state: Path | None, networks: nn.Module, optimizer: torch.optim.Optimizer, identity: dict
 ) -> tuple[int, list[dict[str, float]]]:
-    """Load what `keep_training` wrote: the steps done and the curve. ValueError if it is another training's."""
+    """Load what `keep_training` wrote: the steps done and the curve. ValueError if it is broken, or another training's.
+
+    What is broken is not trained over, as it may be the work of days.
+    """
     if state is None or not state.is_file():
         return 0, []
-    with safe_open(state, framework="pt", device=str(next(networks.parameters()).device)) as file:
-        if json.loads(file.metadata()["identity"]) != json.loads(json.dumps(identity)):
-            raise ValueError(
-                f"{state} belongs to another training ({file.metadata()['identity']}); "
-                "give another run folder, or delete this one to start over"
-            )
-        weights, moments = {}, {}
-        for key in file.keys():  # noqa: SIM118  safe_open is no mapping
-            if not key.startswith("optimizer."):
-                weights[key] = file.get_tensor(key)
-            else:
-                _, index, name = key.split(".", 2)
-                moments.setdefault(int(index), {})[name] = file.get_tensor(key)
-        curve = json.loads(file.metadata()["curve"])
+    advice = "give another run folder, or delete this one to start over"
+    tensors, kept = load_tensors(state, advice)
+    if kept["identity"] != json.loads(json.dumps(identity)):
+        raise ValueError(f"{state} belongs to another training ({json.dumps(kept['identity'])}); {advice}")
+    weights, moments, curve = {}, {}, kept["curve"]
+    for key, tensor in tensors.items():
+        if not key.startswith("optimizer."):
+            weights[key] = tensor
+        else:
+            _, index, name = key.split(".", 2)
+            moments.setdefault(int(index), {})[name] = tensor
     networks.load_state_dict(weights)
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     return curve[-1]["step"], curve

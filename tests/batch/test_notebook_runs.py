@@ -361,7 +361,7 @@ def test_a_folder_of_ones_own_images_goes_the_whole_way(tmp_path, monkeypatch):
         "named so that anybody anywhere finds it"
     )
     assert set(rows.dataset) == {f"folder:{tmp_path / 'mine'}"}
-    assert set(rows.dae) == {"", str(tmp_path / "runs" / "mine" / "dae"), "python:my_networks:build"}
+    assert set(rows.dae) == {str(tmp_path / "runs" / "mine" / "dae"), "python:my_networks:build"}
     assert set(rows[(rows.attack == "clean") & (rows.purifier == "none")].accuracy) == {1}
     place, command = rows[rows.dae == "python:my_networks:build"].command.iloc[0].split(" && ")
     assert shlex.split(place) == ["cd", str(tmp_path)]
