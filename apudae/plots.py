@@ -56,7 +56,7 @@ def image_strip(columns: dict[str, Tensor], captions: dict[str, list[str]], titl
     figure = make_subplots(rows, len(columns), column_titles=list(columns), **gap)
     for column, (heading, images) in enumerate(columns.items(), start=1):
         for row, image in enumerate(images, start=1):
-            figure.add_trace(go.Image(source=_encoded(image), hoverinfo="skip"), row, column)
+            figure.add_trace(go.Image(source=encoded(image), hoverinfo="skip"), row, column)
             text = captions.get(heading, [""] * rows)[row - 1]
             figure.update_xaxes(title={"text": text, "standoff": 2, "font_size": 13}, row=row, col=column)
     figure.update_xaxes(showticklabels=False, showgrid=False, zeroline=False)
@@ -67,7 +67,8 @@ def image_strip(columns: dict[str, Tensor], captions: dict[str, list[str]], titl
     )
 
 
-def _encoded(image: Tensor) -> str:
+def encoded(image: Tensor) -> str:
+    """An image (C, H, W) in [0, 1] as a data URL of a picture, a digit enlarged."""
     bytes_ = (image.detach().cpu().clamp(0, 1) * 255).round().byte().movedim(0, -1).numpy()
     picture = Image.fromarray(np.repeat(bytes_, 3, 2) if bytes_.shape[2] == 1 else bytes_)
     factor = max(1, 112 // picture.height)  # digits are drawn larger, each pixel as a square

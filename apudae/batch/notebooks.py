@@ -20,6 +20,7 @@ from . import NotebookError
 from .html import page
 from .parameters import NOTEBOOKS, check_parameters, declared_parameters
 
+WIDGET = "application/vnd.jupyter.widget-view+json"
 BAR = re.compile(r"\d+%\|.*\|")  # the last state of one, which it leaves behind
 
 
@@ -86,9 +87,15 @@ def run_notebook(
 
 
 def without_progress(path: Path) -> None:
-    """Drop the traces of progress bars from an executed notebook; what else its cells said stays."""
+    """Drop the traces of progress bars from an executed notebook, and widgets, which are dead without their kernel.
+
+    What else its cells said stays, and the text that stands for a widget.
+    """
     notebook = nbformat.read(path, as_version=4)
+    notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            output.get("data", {}).pop(WIDGET, None)
         streams = [output for output in cell.get("outputs", []) if output.output_type == "stream"]
         for output in streams:
             lines = [line.rpartition("\r")[2] for line in output.text.replace("\x1b[A", "").split("\n")]
