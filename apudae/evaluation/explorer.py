@@ -10,6 +10,7 @@ from torch import Tensor
 from traitlets import Bunch
 
 from ..attacks import PARAMETERS
+from ..contracts import check_known, check_whole
 from ..datasets import DATASETS, load_dataset, look_up
 from ..plots import PALETTE, encoded
 from ..purification import PRESETS
@@ -25,7 +26,7 @@ class Explorer(VBox):
 
     What a change does not touch is kept: another variant attacks nothing again, another step purifies nothing again.
     Bad input is one sentence. A data set that is chosen here comes with its own networks, ε and α.
-    `steps`, `noise_std` of 0: the data set's n, the variant's γ.
+    `steps`, `noise_std` of 0: the data set's n, the variant's γ. ValueError for a beginning that cannot be.
     """
 
     def __init__(
@@ -38,6 +39,11 @@ class Explorer(VBox):
         steps: int = 0,
         noise_std: float = 0.0,
     ) -> None:
+        check_known("attack", attack, ["clean", *PARAMETERS])
+        check_known("variant", variant, PRESETS)
+        check_whole(0, image=image)
+        if image >= len(study.y):
+            raise ValueError(f"image is {image}; there are {len(study.y)}, counted from 0")
         self.study, self.studies = study, {study.names["dataset"]: study}
         self.scene: Scene | None = None
         self.attacked: dict[tuple, Tensor] = {}
@@ -64,21 +70,26 @@ class Explorer(VBox):
         ]
         super().__init__([HBox([VBox(column) for column in columns]), self.step, self.message, self.view])
         self._budget(steps)
+        self._make()
+        self.message.value = self._shown
         for column in columns:
             for control in column:
                 control.observe(self._changed, "value")
         self.step.observe(lambda _: self._draw(), "value")
-        self._changed()
 
     def __repr__(self) -> str:  # what stands for it where no kernel runs
         return "The explorer is live in JupyterLab: Run All, then change a control."
 
-    def _changed(self, change: Bunch | None = None) -> None:
+    @property
+    def _shown(self) -> str:
+        return escape(self.own[0] if self.own else f"image {self.image.value} of {self.study.names['dataset']}")
+
+    def _changed(self, change: Bunch) -> None:
         """Make the scene anew, as far as this control needs it."""
         if self.setting:
             return
         with self._telling():
-            control = change and change.owner
+            control = change.owner
             if control is self.dataset:
                 self._open(self.dataset.value)
             if control is self.variant:
@@ -98,8 +109,7 @@ class Explorer(VBox):
         self.message.value = "working …"
         try:
             yield
-            shown = self.own[0] if self.own else f"image {self.image.value} of {self.dataset.value}"
-            self.message.value = f"{escape(shown)}, after {1000 * (perf_counter() - started):.0f} ms"
+            self.message.value = f"{self._shown}, after {1000 * (perf_counter() - started):.0f} ms"
         except (ValueError, OSError) as error:
             self.dataset.value = self.study.names["dataset"]
             if self.scene is None:
@@ -116,6 +126,7 @@ class Explorer(VBox):
             self.studies[dataset] = open_study(**names, dataset=dataset, n=n, device=str(self.study.x.device))
         self.study = self.studies[dataset]
         self.image.value, self.image.max = 0, len(self.study.y) - 1
+        self.noise_std.value = PRESETS[self.variant.value].noise_std
         self._budget()
 
     def _budget(self, steps: int = 0) -> None:
@@ -198,5 +209,5 @@ def _path(scene: Scene, step: int, study: Study) -> str:
 <path d="M10 0 V{height} H{width + 10}"/><path d="M10 {line:.1f} H{width + 10}" stroke-dasharray="2 3"/>
 <polyline points="{points}" stroke="{PALETTE[0]}" stroke-width="2"/>
 <circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{PALETTE[5]}" stroke="none"/><g fill="currentColor" stroke="none">
-<text x="{width + 14}" y="{line + 4:.1f}">μ {mu:.3g}</text>
+<text x="{width + 18}" y="{line + 4:.1f}">μ {mu:.3g}</text>
 <text x="6" y="{height + 18}">0</text><text x="{width}" y="{height + 18}">{scene.steps}</text></g></svg></div>"""

@@ -57,7 +57,7 @@ def variant(name: str, steps: int, step_size: float, noise_std: float) -> Purify
 
 def scene(study: Study, x: Tensor, x_adv: Tensor, config: PurifyConfig, image: int = 0) -> Scene:
     """The image `x` (1, C, H, W), and `x_adv` on its way through `config`, with the noise of the study's `image`-th."""
-    path = trajectory(study.dae, x_adv, config, study.names["seed"], torch.tensor([image]))
+    path = trajectory(study.dae, x_adv, config, study.names["seed"], torch.tensor([image], device="cpu"))
     images = torch.cat([x, x_adv, *[x_adv] * config.direct, *[step.images for step in path]])
     errors = recon_error(study.dae, images[:2]).detach()
     errors = torch.cat([errors, *[errors[1:]] * config.direct, *[step.errors for step in path]])

@@ -92,6 +92,20 @@ def test_an_upload_that_does_not_fit_is_one_sentence(study, content, said):
         uploaded("mine", content, study.x)
 
 
+@pytest.mark.parametrize(
+    ("start", "said"),
+    [
+        ({"image": 10}, "image is 10; there are 10"),
+        ({"attack": "pdg"}, "attack 'pdg' is unknown; there is: clean, random"),
+        ({"variant": "H"}, "variant 'H' is unknown"),
+        ({"steps": -1}, "n is -1"),
+    ],
+)
+def test_a_beginning_that_cannot_be_is_refused(study, start, said):
+    with pytest.raises(ValueError, match=said):
+        Explorer(study, **start)
+
+
 def test_what_does_not_change_is_kept(explorer):
     first = explorer.scene
     assert explorer.step.value == explorer.step.max == 4
