@@ -30,7 +30,6 @@ def setup() -> None:
         if not drawable:
             print("No Chromium: figures are interactive only (harmless)", file=sys.stderr)
     warnings.formatwarning = lambda message, category, *_: f"{category.__name__}: {message}\n"  # one line, no paths
-    warnings.filterwarnings("ignore", "IProgress not found")  # bars in plain text will do
     template = pio.templates["plotly_white"]
     template.layout.colorway = PALETTE
     template.layout.margin = {"l": 60, "r": 20, "t": 60, "b": 50}

@@ -102,6 +102,8 @@ def without_progress(path: Path) -> None:
             output.text = "\n".join(line for line in lines if not BAR.search(line))
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if output not in streams or output.text.strip()]
+            texts = [output.get("data", {}).get("text/plain", "") for output in cell.outputs]
+            cell.outputs = [o for o, text in zip(cell.outputs, texts, strict=True) if not BAR.search(text)]
     nbformat.write(notebook, path)
 
 
