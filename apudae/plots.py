@@ -31,7 +31,6 @@ def setup() -> None:
         if not drawable:
             print("No Chromium: figures are interactive only (harmless)", file=sys.stderr)
     warnings.formatwarning = lambda message, category, *_: f"{category.__name__}: {message}\n"  # one line, no paths
-    warnings.filterwarnings("ignore", "IProgress not found")  # bars in plain text will do
     template = pio.templates["plotly_white"]
     template.layout.colorway = PALETTE
     template.layout.margin = {"l": 60, "r": 20, "t": 60, "b": 50}
@@ -59,7 +58,7 @@ def image_strip(columns: dict[str, Tensor], captions: dict[str, list[str]], titl
     figure = make_subplots(rows, len(columns), column_titles=headings, **gap)
     for column, (heading, images) in enumerate(columns.items(), start=1):
         for row, image in enumerate(images, start=1):
-            figure.add_trace(go.Image(source=_encoded(image), hoverinfo="skip"), row, column)
+            figure.add_trace(go.Image(source=encoded(image), hoverinfo="skip"), row, column)
             text = captions.get(heading, [""] * rows)[row - 1]
             figure.update_xaxes(title={"text": text, "standoff": 2, "font_size": 13}, row=row, col=column)
     figure.update_xaxes(showticklabels=False, showgrid=False, zeroline=False)
@@ -69,7 +68,8 @@ def image_strip(columns: dict[str, Tensor], captions: dict[str, list[str]], titl
     return figure.update_layout(title=title, width=cell * len(columns) + 90, height=height, margin_t=80 + 20 * lines)
 
 
-def _encoded(image: Tensor) -> str:
+def encoded(image: Tensor) -> str:
+    """An image (C, H, W) in [0, 1] as a data URL of a picture, a digit enlarged."""
     bytes_ = (image.detach().cpu().clamp(0, 1) * 255).round().byte().movedim(0, -1).numpy()
     picture = Image.fromarray(np.repeat(bytes_, 3, 2) if bytes_.shape[2] == 1 else bytes_)
     factor = max(1, 112 // picture.height)  # digits are drawn larger, each pixel as a square

@@ -21,6 +21,7 @@ from . import NotebookError
 from .html import page
 from .parameters import NOTEBOOKS, check_parameters, declared_parameters
 
+WIDGET = "application/vnd.jupyter.widget-view+json"
 BAR = re.compile(r"\d+%\|.*\|")  # the last state of one, which it leaves behind
 
 
@@ -99,15 +100,23 @@ def _command(name: str, parameters: dict[str, Any]) -> str:
 
 
 def without_progress(path: Path) -> None:
-    """Drop the traces of progress bars from an executed notebook; what else its cells said stays."""
+    """Drop the traces of progress bars from an executed notebook, and widgets, which are dead without their kernel.
+
+    What else its cells said stays, and the text that stands for a widget.
+    """
     notebook = nbformat.read(path, as_version=4)
+    notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            output.get("data", {}).pop(WIDGET, None)
         streams = [output for output in cell.get("outputs", []) if output.output_type == "stream"]
         for output in streams:
             lines = [line.rpartition("\r")[2] for line in output.text.replace("\x1b[A", "").split("\n")]
             output.text = "\n".join(line for line in lines if not BAR.search(line))
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if output not in streams or output.text.strip()]
+            texts = [output.get("data", {}).get("text/plain", "") for output in cell.outputs]
+            cell.outputs = [o for o, text in zip(cell.outputs, texts, strict=True) if not BAR.search(text)]
     nbformat.write(notebook, path)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 
 from apudae import files
@@ -212,6 +212,18 @@ def test_failure_then_success(tiny):
     assert "plotly-graph-div" in page
     assert "a zigzag" in page
     assert not re.search(r"<script[^>]+src=[^>]+plotly", page), "the page must draw its figures without a network"
+
+
+def test_of_a_widget_its_text_is_kept(tmp_path):
+    """A widget's view without its kernel is an error in JupyterLab, and a page would fetch its scripts."""
+    data = {notebooks.WIDGET: {"model_id": "0"}, "text/plain": "live in JupyterLab"}
+    bar = {notebooks.WIDGET: {"model_id": "1"}, "text/plain": " 50%|█████     | 1/2 [00:00<00:00]"}  # a library's own
+    cell = new_code_cell("explorer", outputs=[new_output("display_data", bar), new_output("execute_result", data)])
+    nbformat.write(new_notebook(cells=[cell], metadata={"widgets": {"state": {}}}), path := tmp_path / "it.ipynb")
+    notebooks.without_progress(path)
+    executed = nbformat.read(path, as_version=4)
+    assert [output.data for output in executed.cells[0].outputs] == [{"text/plain": "live in JupyterLab"}]
+    assert "widgets" not in executed.metadata
 
 
 def test_page_asks_no_network_for_anything():
