@@ -1,13 +1,15 @@
 """The one place that cuts a batch: into parts that fit, and into halves where one does not fit into memory."""
 
 import math
+import os
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm import auto, tqdm
 
 # numbers in a part at most: images of 224×224 one by one on a CPU and 111 on CUDA, of 32×32 85 and 5461
 MEMORY = {"cpu": 2**18, "cuda": 2**24}
@@ -40,8 +42,18 @@ def in_batches(
     size = len(parts(tensors[0], numbers, batch_size)[0])
     batches = zip(*(tensor.split(size) for tensor in tensors), strict=True)
     count = math.ceil(len(tensors[0]) / size)
-    batches = tqdm(batches, desc=name, total=count, delay=2, leave=False, disable=name is None)
+    batches = progress(batches, desc=name, total=count, disable=name is None)
     return torch.cat([_in_halves(function, *batch, generator=generator) for batch in batches])
+
+
+def progress(steps: Iterable, **about: Any) -> tqdm:
+    """`steps` with a bar that comes after two seconds and goes when it is done; `about` is for tqdm.
+
+    In a live notebook it is a widget, which leaves nothing behind; of a notebook that a command runs, text, which the
+    command passes on.
+    """
+    kind = tqdm if "APUDAE_COMMAND" in os.environ else auto.tqdm
+    return kind(steps, **{"delay": 2, "leave": False} | about)
 
 
 def _in_halves(function: Callable[..., Tensor], *tensors: Tensor, generator: torch.Generator | None) -> Tensor:

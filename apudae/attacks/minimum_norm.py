@@ -2,8 +2,8 @@
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from ..batching import progress
 from ..contracts import check_at_least, check_whole, frozen
 from ..models.classifiers import margin
 from .common import check_attack, gradient_of, project, require_gradient
@@ -85,7 +85,7 @@ def deepfool(
         logits = model(x)
         todo = torch.nonzero(_above(logits, y, target) >= 0).flatten()
         rivals = logits.argsort(1, descending=True)[:, 1:classes] if target is None else target[:, None]
-        for _ in tqdm(range(steps), desc="deepfool", delay=2, leave=False):
+        for _ in progress(range(steps), desc="deepfool"):
             if epsilon == 0 or len(todo) == 0:
                 break
             total[todo] += _to_nearest_border(model, reached[todo], y[todo], rivals[todo])
@@ -116,7 +116,7 @@ def _cw_descend(
     w = torch.atanh((2 * x - 1) * (1 - 1e-6))
     first, second = torch.zeros_like(w), torch.zeros_like(w)
     lowest, since = torch.full_like(c, torch.inf), torch.zeros_like(y)
-    for step in tqdm(range(1, steps + 1), desc="cw", delay=2, leave=False):
+    for step in progress(range(1, steps + 1), desc="cw"):
         with torch.enable_grad():
             w = w.detach().requires_grad_()
             image = (torch.tanh(w) + 1) / 2

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
-from tqdm import tqdm
 
 from ..autograd import StraightThrough
+from ..batching import progress
 from ..contracts import as_generator, check_at_least, check_images, check_known, check_whole, frozen
 from ..training.loop import Batches, Recipe, step_seed
 from ..training.state import keep_training, restore_training, whose
@@ -79,7 +79,7 @@ def train_gan(
         raise ValueError(f"{state} has {start} steps of training already; needed: a recipe of at least as many")
     batches = DataLoader(dataset, batch_sampler=Batches(len(dataset), recipe, start), collate_fn=default_collate)
     total = torch.zeros((), device=device)
-    for step, (x, _) in enumerate(tqdm(batches, initial=start, total=recipe.steps, delay=2, leave=False), start=start):
+    for step, (x, _) in enumerate(progress(batches, initial=start, total=recipe.steps), start=start):
         draws = torch.Generator(device).manual_seed(step_seed(recipe.seed, 1, step))
         x = x.to(device)
         z, again = (torch.randn(len(x), generator.latent, generator=draws, device=device) for _ in range(2))

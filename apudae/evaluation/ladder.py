@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..attacks.losses import classes_needed
-from ..batching import in_batches
+from ..batching import in_batches, progress
 from ..contracts import check_batch, check_known, frozen
 from ..files import fingerprint, load_tensors, save_tensors
 from ..models.classifiers import margin
@@ -273,7 +272,7 @@ def ladder(
     if path and path.is_file():
         tensors, (rows, gains) = load_tensors(path, advice="delete it, and it is made again")
         worst.load(tensors)
-    for position, each in enumerate(progress := tqdm(chosen, desc="attack suite", leave=False)):
+    for position, each in enumerate(bar := progress(chosen, desc="attack suite", delay=0)):
         if position >= len(rows):
             with Stopwatch() as watch:
                 purifier = _purifier(dae, config, seed + ATTACKER + position)
@@ -304,7 +303,7 @@ def ladder(
             rows.append(_row(worst, attack=each.name, position=position, **described, **about, **facts))
             if path:
                 save_tensors(path, worst.tensors, [rows, gains])
-        progress.set_postfix(worst_case=rows[position]["accuracy"])
+        bar.set_postfix(worst_case=rows[position]["accuracy"])
     epsilon = max((each.parameters.get("epsilon", 0.0) for each in chosen), default=0.0)
     parameters = {"suite": [each.name for each in chosen], "eot_samples": samples, "epsilon": epsilon}
     described = {"attack_parameters": parameters | {"budget": budget.name}, "kind": "worst_case"}

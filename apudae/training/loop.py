@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
+from ..batching import progress
 from ..contracts import check_at_least, check_whole
 from ..datasets.imagenet import readers
 from .distributed import rank_and_world_size, shared_statistics
@@ -80,9 +80,9 @@ def fit(
     start, curve = restore_training(state, networks, optimizer, identity)
     called = DistributedDataParallel(network) if processes > 1 else network
     batches = DataLoader(dataset, batch_sampler=Batches(len(dataset), recipe, start), num_workers=readers(dataset))
-    progress = tqdm(batches, initial=start, total=recipe.steps, desc="train", delay=2, leave=False, disable=rank > 0)
+    bar = progress(batches, initial=start, total=recipe.steps, desc="train", disable=rank > 0)
     total = torch.zeros((), device=device)
-    for step, (x, y) in enumerate(progress, start=start):
+    for step, (x, y) in enumerate(bar, start=start):
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * _schedule(step, recipe.steps)
         generator = torch.Generator(device).manual_seed(step_seed(recipe.seed, 1, step))
@@ -102,7 +102,7 @@ def fit(
             since = step + 1 - (curve[-1]["step"] if curve else 0)
             curve.append({"step": step + 1, "loss": total.item() / processes / since})
             total.zero_()
-            progress.set_postfix(loss=f"{curve[-1]['loss']:.5f}")
+            bar.set_postfix(loss=f"{curve[-1]['loss']:.5f}")
             if not math.isfinite(curve[-1]["loss"]):
                 raise ValueError(f"the loss is {curve[-1]['loss']} at step {step + 1}; give a smaller learning_rate")
             keep_training(None if rank else state, networks, optimizer, identity, curve)
