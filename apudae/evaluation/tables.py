@@ -1,5 +1,7 @@
 """Tables made from rows, and what the paper reports beside them."""
 
+from html import escape
+
 import pandas as pd
 
 from ..attacks import attack_settings, name_among
@@ -123,3 +125,9 @@ def side_by_side(gray: pd.DataFrame, known: pd.DataFrame) -> pd.DataFrame:
     cells = pd.DataFrame({name: with_interval(part) for name, part in parts.items()}, list(purifiers))
     cells.insert(1, "weakest against", parts["gray box"].attack)
     return cells.assign(images=parts["worst case"].n.astype("Int64")).astype(object).fillna("–")
+
+
+def folded(summary: str, table: pd.DataFrame) -> str:
+    """A table as HTML that opens with a click on `summary`, its cells unbroken; "" if it is empty."""
+    cells = table.fillna("").to_html(border=0).replace("<td>", '<td style="white-space: nowrap">')
+    return f"<details><summary>{escape(summary)}</summary>{cells}</details>" if len(table) else ""

@@ -16,7 +16,7 @@ from apudae.evaluation.accuracy import Accuracy, accuracy
 from apudae.evaluation.grid import run_attack
 from apudae.evaluation.pages import suite_table
 from apudae.evaluation.results import read_results, result_row
-from apudae.evaluation.tables import knowing_table, labelled, main_table, of_study, side_by_side
+from apudae.evaluation.tables import folded, knowing_table, labelled, main_table, of_study, side_by_side
 
 STUDY = {"classifier": "mnist/classifier", "dae": "mnist/dae", "steps": [15, 12], "step_size": 0.01}
 
@@ -207,3 +207,13 @@ def test_attacks_of_another_size_are_called_by_it():
     assert labelled(sizes, 5 / 255).attack.tolist() == ["clean", "bim@0.1", "bim"]
     own = sizes.assign(dataset="folder:mine")
     assert labelled(own, 0.1).attack.tolist() == ["clean", "bim", "bim@5/255"]
+
+
+def test_a_folded_table_is_escaped_and_an_empty_one_is_nothing():
+    table = pd.DataFrame({"a <b>": [None, "0.925 [0.880, 0.954]"]})
+    text = folded("<attack>", table)
+    assert text.startswith("<details><summary>&lt;attack&gt;</summary>")
+    assert "a &lt;b&gt;" in text
+    assert text.count("white-space: nowrap") == 2
+    assert "NaN" not in text
+    assert folded("nothing", table.iloc[:0]) == ""
