@@ -3,13 +3,14 @@
 import math
 import os
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import auto, tqdm
+from tqdm import tqdm
 
 # numbers in a part at most: images of 224×224 one by one on a CPU and 111 on CUDA, of 32×32 85 and 5461
 MEMORY = {"cpu": 2**18, "cuda": 2**24}
@@ -47,13 +48,14 @@ def in_batches(
 
 
 def progress(steps: Iterable, **about: Any) -> tqdm:
-    """`steps` with a bar that comes after two seconds and goes when it is done; `about` is for tqdm.
+    """`steps` with a bar of text that comes after two seconds and goes when it is done; `about` is for tqdm.
 
-    In a live notebook it is a widget, which leaves nothing behind; of a notebook that a command runs, text, which the
-    command passes on.
+    In a live notebook it goes to the cell's plain output, as stderr is red there; else to stderr, which a command that
+    runs a notebook passes on. No widget: each of thousands of short loops would send a dozen messages for it.
     """
-    kind = tqdm if "APUDAE_COMMAND" in os.environ else auto.tqdm
-    return kind(steps, **{"delay": 2, "leave": False} | about)
+    live = "ipykernel" in sys.modules and "APUDAE_COMMAND" not in os.environ
+    place = {"file": sys.stdout} if live else {}
+    return tqdm(steps, **{"delay": 2, "leave": False} | place | about)
 
 
 def _in_halves(function: Callable[..., Tensor], *tensors: Tensor, generator: torch.Generator | None) -> Tensor:
