@@ -53,7 +53,8 @@ def progress(steps: Iterable, **about: Any) -> tqdm:
     In a live notebook it goes to the cell's plain output, as stderr is red there; else to stderr, which a command that
     runs a notebook passes on. No widget: each of thousands of short loops would send a dozen messages for it.
     """
-    live = "ipykernel" in sys.modules and "APUDAE_COMMAND" not in os.environ
+    kernel = sys.modules.get("ipykernel.kernelapp")  # a process that starts kernels may have it, too
+    live = kernel and kernel.IPKernelApp.initialized() and "APUDAE_COMMAND" not in os.environ
     place = {"file": sys.stdout} if live else {}
     return tqdm(steps, **{"delay": 2, "leave": False} | place | about)
 
