@@ -29,8 +29,9 @@ notebooks: .venv/ready  ## execute every notebook at its default scale, in place
 	  $(BIN)/apudae run $$notebook && cp data/runs/default/$${notebook#notebooks/} notebooks/ || exit 1; done
 	-$(BIN)/pre-commit run --all-files nbstripout  # fails when it changes a file, as it is meant to
 
-readme: .venv/ready  ## the tables of README and of data/results/*.md, made anew from rows
+readme: .venv/ready  ## what pages say of rows: README, data/results/*.md, workflow/README.md
 	$(BIN)/python -m apudae.evaluation.pages
+	$(BIN)/python workflow/costs.py
 
 paper: .venv/ready  ## the graph of the whole study, as far as it is not done, then its report; PROFILE=cuda, slurm, …
 	$(BIN)/apudae sweep workflow/config/mnist.yaml --profile $(or $(PROFILE),local)

@@ -3,10 +3,11 @@
 A forward pass of a network is counted by torch (a multiply-add is two operations); the gradient of its input is as much
 again, that of its weights too. Nothing here was measured on a GPU: RATE and PASS are assumptions.
 
-python workflow/costs.py    # prints the two parts of workflow/README.md that stand on it
+python workflow/costs.py    # writes the parts of workflow/README.md that stand on it, as `make readme` does
 """
 
 import math
+import re
 from typing import Any
 
 import pandas as pd
@@ -22,7 +23,7 @@ from apudae.contracts import frozen
 from apudae.datasets import look_up
 from apudae.evaluation.ladder import attack_suite, resolve_budget
 from apudae.evaluation.results import read_results
-from apudae.files import RESULTS, ROOT
+from apudae.files import RESULTS, ROOT, written_aside
 from apudae.models.classifiers import ResNet
 from apudae.purification.config import PRESETS
 
@@ -34,6 +35,7 @@ BATCH = 256  # images that attacks and purifiers take at once
 EXACT = 3.5  # an exact gradient, in purifications: 90 ms by 26 ms (LOG.md, "A stronger attack suite")
 AUTOATTACK = 6_900  # gradients and queries of its standard version: Auto-PGD 100 and 9 · 100, FAB 9 · 100, Square 5,000
 PHOTOGRAPHS = 50_000  # of ILSVRC-2012's validation set
+PAGE = ROOT / "workflow" / "README.md"
 
 
 def forward_operations(model: nn.Module, shape: tuple[int, int, int]) -> int:
@@ -192,5 +194,14 @@ def _makespan(days: list[float], gpus: int) -> float:
     return max(busy)
 
 
+def with_costs(text: str) -> str:
+    """`text`, each part between its markers counted anew: <!-- costs: NAME --> … <!-- end of costs -->."""
+    marked = r"(<!-- costs: (\w+) -->\n\n).*?(\n\n<!-- end of costs -->)"
+    return re.sub(marked, lambda found: found[1] + PARTS[found[2]]() + found[3], text, flags=re.DOTALL)
+
+
+PARTS = {"lane": lane, "scale": scale}
+
 if __name__ == "__main__":
-    print(lane(), scale(), sep="\n\n\n")
+    with written_aside(PAGE) as aside:
+        aside.write_text(with_costs(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
