@@ -1,8 +1,8 @@
 # One environment in .venv, made by the first target that needs it; `make PYTHON=python3.12 demo` to choose another Python.
 PYTHON ?= $(firstword $(shell command -v python3.11 python3 python 2>/dev/null))
 BIN := .venv/bin
-JOBS ?= auto# test processes, a core each; no PNG copies of figures are drawn, which the replays do not compare
-PYTEST = OMP_NUM_THREADS=1 PLOTLY_RENDERER=plotly_mimetype $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout=1200
+JOBS ?= auto# test processes, a core each, long files first; no PNG copies of figures are drawn, which the replays do not compare
+PYTEST = OMP_NUM_THREADS=1 PLOTLY_RENDERER=plotly_mimetype $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --nbval-lax --nbval-current-env --nbval-cell-timeout=1200
 ifdef APUDAE_DATA
 export APUDAE_DATA := $(abspath $(APUDAE_DATA))
 endif
@@ -13,11 +13,11 @@ demo: .venv/ready  ## attack 200 real digits, purify them, print the table
 
 check: .venv/ready  ## what to run before a commit: lint, spelling, types of the core, quick tests, two notebooks
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/codespell && $(BIN)/mypy
-	$(PYTEST) -m "not slow" -q tests notebooks/00_quickstart.ipynb notebooks/17_results_tables.ipynb
+	$(PYTEST) -m "not slow" -q notebooks/00_quickstart.ipynb notebooks/17_results_tables.ipynb tests
 
 test: .venv/ready  ## all of it: every test, every notebook replayed from nothing, in a folder of runs of its own
 	rm -rf data/runs/.test
-	APUDAE_RUNS=data/runs/.test $(PYTEST) --durations=8 tests notebooks
+	APUDAE_RUNS=data/runs/.test $(PYTEST) --durations=8 notebooks tests
 	rm -rf data/runs/.test
 
 lab: .venv/ready  ## JupyterLab on loopback, with a token, at the first notebook
