@@ -131,17 +131,18 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
     """Evaluate `modules` in eval mode and without weight gradients, then restore both, also after an error."""
     check_modules(*modules)
     parts = [part for module in modules for part in module.modules()]
-    modes = [part.training for part in parts]
-    weights = [weight for module in modules for weight in module.parameters() if weight.requires_grad]
+    training = [part for part in parts if part.training]
+    weights = [weight for part in parts for weight in part.parameters(recurse=False) if weight.requires_grad]
     try:
-        for module in modules:
-            module.eval()
+        if training:  # else nothing is walked through again: a step of an attack comes here too
+            for module in modules:
+                module.eval()
         for weight in weights:
             weight.requires_grad_(False)
         yield
     finally:
-        for part, mode in zip(parts, modes, strict=True):
-            part.training = mode
+        for part in training:
+            part.training = True
         for weight in weights:
             weight.requires_grad_(True)
 

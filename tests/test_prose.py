@@ -93,3 +93,13 @@ def test_readme():
 
 def test_a_decimal_without_a_source_is_found():
     assert without_source("It keeps .731 of them, 12.5 % and α = .01.", known(["0.7312 0.125"], [])) == [".01"]
+
+
+def test_the_log_is_newest_first_and_its_index_has_every_entry_once():
+    text = (ROOT / "LOG.md").read_text(encoding="utf-8")
+    entries = re.findall(r"^## (\d{4}-\d\d-\d\d) · (.+)$", text, re.MULTILINE)
+    assert text.count("\n## ") == len(entries) + 1, "a date and a title in each heading but the index's"
+    assert [date for date, _ in entries] == sorted((date for date, _ in entries), reverse=True)
+    linked = re.findall(r"\[([^]]+)\]\(#(.+?)\)", text)
+    anchors = {re.sub(r"[^\w\- ]", "", f"{date} · {title}".lower()).replace(" ", "-"): title for date, title in entries}
+    assert sorted((anchor, title) for title, anchor in linked) == sorted(anchors.items())

@@ -216,6 +216,7 @@ def test_counter_attack_b():
         counter_attack_b(with_error, x, y, epsilon=0.1, beta=-1)
 
 
+@pytest.mark.slow
 def test_joint_attack_keeps_its_bounds(classifier, dae, digits):
     """The loss rises, and the error is where it is told to be; a wider bound never lowers what can be had."""
     x, y = digits[0][:12], digits[1][:12]

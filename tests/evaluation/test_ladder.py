@@ -208,7 +208,7 @@ def test_majority_mean_and_worst_of_draws(few):
 NOTHING = [SuiteAttack(f"nothing {number}", "classifier", "random", {"epsilon": 0.0}) for number in range(20)]
 
 
-@pytest.mark.parametrize("draws", [0, 0.1])
+@pytest.mark.parametrize("draws", [pytest.param(0, marks=pytest.mark.slow), 0.1])
 def test_twenty_attacks_that_change_nothing_take_nothing(draws, classifier, dae, digits):
     """Draws that judge are not those that choose: no image is wrong because its noise was once unlucky."""
     x, y = digits[0][:60], digits[1][:60]

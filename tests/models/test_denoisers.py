@@ -19,7 +19,7 @@ from apudae.models.pretrained import DEEPINV
 SMALL = {  # DeepInverse's larger networks, as it lets one ask for them
     "DRUNet": {"nc": (8, 8, 8, 8), "nb": 1},
     "Restormer": {"dim": 8, "num_blocks": (1, 1, 1, 1), "num_refinement_blocks": 1},
-    "SCUNet": {"config": (1, 1, 1, 1, 1, 1, 1)},
+    "SCUNet": {"config": (1, 1, 1, 1, 1, 1, 1), "dim": 32},
 }
 
 
