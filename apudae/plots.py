@@ -53,9 +53,12 @@ def image_strip(columns: dict[str, Tensor], captions: dict[str, list[str]], titl
     """Rows of images: `columns` maps a heading to images (n, C, H, W) in [0, 1], `captions` to a text under each."""
     rows = len(next(iter(columns.values())))
     cell = min(110, (WIDTH - 90) / len(columns))
-    headings = ["<br>".join(textwrap.wrap(heading, int(cell / 8))) for heading in columns]
+    wrap = textwrap.TextWrapper(int(cell / 8), break_long_words=False).wrap
+    wrapped = [wrap(heading.replace("<br>", " ")) for heading in columns]
+    headings, longest = ["<br>".join(each) for each in wrapped], max(len(line) for each in wrapped for line in each)
     gap = {"horizontal_spacing": 0.01, "vertical_spacing": 0.22 / rows}
     figure = make_subplots(rows, len(columns), column_titles=headings, **gap)
+    figure.update_annotations(font_size=min(16, cell / (0.6 * longest)))  # letters are .6 of their size wide at most
     for column, (heading, images) in enumerate(columns.items(), start=1):
         for row, image in enumerate(images, start=1):
             figure.add_trace(go.Image(source=encoded(image), hoverinfo="skip"), row, column)
