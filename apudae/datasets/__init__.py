@@ -49,8 +49,9 @@ class Entry:
     `load` takes split, image size (or None) and whether to skip broken files. `splits` are those that it has itself;
     where "held_out" is missing, it is a part of "train". `classes` are known before the images are, or None. `noun` is
     what its images are called. Without a `budget` ε must be given. `classifier`, `dae` and `other` (the classifier to
-    transfer from) are the checkpoints that are taken where none is named; `published`: whose columns in the paper's
-    tables stand beside it.
+    transfer from) are the checkpoints that are taken where none is named; `calibrated_on` is the set whose held-out
+    images give an autoencoder its μ and σ, where that is another; `published`: whose columns in the paper's tables
+    stand beside it.
     """
 
     load: Callable[[str, int | None, bool], Dataset]
@@ -61,6 +62,7 @@ class Entry:
     classifier: str = ""
     dae: str = ""
     other: str = ""
+    calibrated_on: str = ""
     published: str = ""
 
 
@@ -81,7 +83,7 @@ _MNIST |= {"classifier": "mnist/classifier", "dae": "mnist/dae", "other": "mnist
 _CIFAR10 = {"classes": tuple(CIFAR10_CLASSES), "budget": COLOUR_BUDGET, "published": "cifar10"}
 _CIFAR10 |= {"classifier": "cifar10/resnet18", "dae": "cifar10-jpeg/residual_unet_05", "other": "cifar10-jpeg/resnet8"}
 _IMAGENET = {"noun": "photographs", "budget": PHOTOGRAPH_BUDGET, "published": "imagenet"}
-_IMAGENET |= {"classifier": "imagenet/efficientnet_lite0", "dae": "imagenet/unet"}
+_IMAGENET |= {"classifier": "imagenet/efficientnet_lite0", "dae": "imagenet/unet", "calibrated_on": "bsds500"}
 
 DATASETS: dict[str, Entry] = {
     "mnist5k": Entry(_small(mnist5k), **_MNIST),

@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -196,10 +197,16 @@ def open_study(
 
 
 def _calibrated(dae: nn.Module, dataset: str) -> nn.Module:
-    """The autoencoder; one that has no μ and σ, of a package or your own, with those of this set's held-out images."""
-    dae = with_calibration(dae)
-    if dae.recon_mu.isnan() and "train" in look_up(dataset).splits:
-        calibrate(dae, stack(load_dataset(dataset, "held_out"))[0])
+    """The autoencoder; one without μ and σ, of a package or your own, with those of images that no weight has seen.
+
+    Held-out images of the entry's `calibrated_on`, or of the set itself. Where there are none it stays without: a
+    variant that needs μ and σ says so.
+    """
+    dae, entry = with_calibration(dae), look_up(dataset)
+    source = entry.calibrated_on or (dataset if "train" in entry.splits else "")
+    if source and dae.recon_mu.isnan():
+        with suppress(ValueError if source != dataset else ()):  # photographs that are not on this machine
+            calibrate(dae, stack(load_dataset(source, "held_out"))[0])
     return dae
 
 

@@ -1,8 +1,13 @@
+import math
+from dataclasses import replace
+
 import pandas as pd
 import pytest
+from PIL import Image
 
 import apudae
-from apudae import PRESETS, files
+from apudae import PRESETS, files, recon_error
+from apudae.datasets import DATASETS, load_dataset, stack
 from apudae.evaluation.study import open_study
 from apudae.evaluation.tables import labelled
 
@@ -23,6 +28,29 @@ def test_an_autoencoder_of_ones_own_is_calibrated_on_held_out_images(monkeypatch
     study = open_study("05_purify_a", dataset="mnist5k", n=10, dae="python:mine_dae:build")
     assert study.recon_mu > 0
     assert apudae.purify(study.dae, study.x, "E").shape == study.x.shape
+
+
+def test_photographs_calibrate_a_denoiser_on_other_photographs_where_these_are(monkeypatch, tmp_path):
+    """`photographs` has no training images: BSDS500's held-out ones take their place, or C to G say what they need."""
+    monkeypatch.setenv("APUDAE_DATA", str(tmp_path))
+    monkeypatch.setattr(files, "RUNS", tmp_path)
+    monkeypatch.setitem(DATASETS, "photographs", replace(DATASETS["photographs"], classifier="python:mine:classifier"))
+    (tmp_path / "mine.py").write_text(
+        "import torch\ndae = lambda: torch.nn.Conv2d(3, 3, 3, padding=1)\n"
+        "classifier = lambda: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 224**2, 1000))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    given = {"dataset": "photographs", "n": 2, "dae": "python:mine:dae"}
+    study = open_study("05_purify_a", **given)
+    assert math.isnan(study.recon_mu)
+    with pytest.raises(ValueError, match="needs μ and σ of the reconstruction error, and this autoencoder has none"):
+        study.purified({"E": PRESETS["E"]})
+    (tmp_path / "bsds500" / "val").mkdir(parents=True)
+    for number in (1, 2):
+        Image.effect_noise((300, 240), 40 * number).convert("RGB").save(tmp_path / f"bsds500/val/{number}.png")
+    study = open_study("05_purify_a", **given)
+    expected = recon_error(study.dae, stack(load_dataset("bsds500", "held_out"))[0])
+    assert study.recon_mu == pytest.approx(expected.mean().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(
