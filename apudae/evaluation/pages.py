@@ -35,16 +35,17 @@ def suite_table(rows: pd.DataFrame) -> pd.DataFrame:
     """
     lines = []
     rows = rows[rows.kind.isin(["ladder", "worst_case"])].fillna({"step_size": 0, "steps": 0})
+    rows = rows.assign(budget=[json.loads(text).get("budget", "") for text in rows.attack_parameters])
     for defense, own in rows.groupby(DEFENSE, sort=False, dropna=False):
         last = own[own.kind == "worst_case"].sort_values(["n", "accuracy"], ascending=[False, True]).iloc[0]
-        suite = own[(own.kind == "ladder") & (own.n == last.n) & (own.commit == last.commit)]
+        suite = own[(own.kind == "ladder") & (own.n == last.n) & (own.budget == last.budget)]  # resumed: of two commits
         gray = suite[suite.attack.str.startswith("gray_")].sort_values("position").tail(1)
         parts = {"clean": suite[suite.attack == "clean"].tail(1), "gray box": gray, "worst case": last.to_frame().T}
         cells = {name: with_interval(part).iloc[0] if len(part) else "–" for name, part in parts.items()}
         if last.runs > 1 and pd.notna(last.get("mean_low")):
             cells["worst case"] = f"{last['mean']:.3f} [{last.mean_low:.3f}, {last.mean_high:.3f}]"
         lines.append(dict(zip(DEFENSE, defense, strict=True)) | cells)
-        lines[-1] |= {"images": int(last.n), "budget": json.loads(last.attack_parameters).get("budget", "")}
+        lines[-1] |= {"images": int(last.n), "budget": last.budget}
     return pd.DataFrame(lines)
 
 
