@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .baselines.defense_gan import Generator
 from .baselines.magnet import MagNet
-from .contracts import check_known
+from .contracts import check_device, check_known
 from .files import CHECKPOINTS, ROOT, provenance, written_aside
 from .models.autoencoders import DAE, FFDNet, ResidualUNet, UNet
 from .models.classifiers import CNN, MLP, ResNet, ResNet8, StridedCNN
@@ -59,6 +59,7 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> nn.Modul
     """
     if not isinstance(name, str | Path):
         raise ValueError(f"a network's name is {name!r}; needed: text, or a path")
+    check_device(device)
     if is_pretrained(str(name)):
         return pretrained(str(name)).to(device, memory_format=torch.channels_last)
     places = [CHECKPOINTS / name, Path(name), ROOT / name]  # shipped; from the working folder; from the repository

@@ -62,6 +62,16 @@ def check_batch(model: nn.Module, x: Tensor, y: Tensor) -> int:
     return classes
 
 
+def check_device(device: str | torch.device) -> None:
+    """Raise ValueError for a device that torch does not know or cannot use here."""
+    try:
+        kind = torch.device(device).type
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device {device!r} is unknown; needed: such as 'cpu' or 'cuda'") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is 'cuda', and there is no GPU that torch can use here; leave it out, or give 'cpu'")
+
+
 def check_modules(*models: nn.Module) -> None:
     """Raise ValueError for the first that is no network."""
     for model in models:

@@ -204,6 +204,12 @@ def test_what_is_no_name_is_told(name):
         load_model(name)
 
 
+@pytest.mark.parametrize("device", ["gpu", "", None, *([] if torch.cuda.is_available() else ["cuda", "cuda:1"])])
+def test_a_device_that_is_not_there_is_told(device):
+    with pytest.raises(ValueError, match=r"device .* is unknown|no GPU that torch can use here"):
+        load_model("mnist/dae", device)
+
+
 @pytest.mark.parametrize("name", ["", ".", "..", "/", "mnist", "x" * 300, "x/" * 3000, "a\0b", "mnist/dae.json", "🙂"])
 def test_a_name_of_no_checkpoint_lists_what_there_is(name):
     with pytest.raises(ValueError, match=r"checkpoint .* is unknown; there is: .*mnist/dae, ") as said:

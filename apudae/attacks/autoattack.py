@@ -28,7 +28,9 @@ def autoattack(
 ) -> Tensor:
     """AutoAttack: "standard" runs APGD-CE, APGD-T, FAB-T and Square; "rand", for random defenses, APGD with EOT.
 
-    Images that no attack fools come back unchanged. The global random state of torch is as before.
+    The targeted difference-of-logits ratio of APGD-T compares four logits: a model of fewer classes meets the other
+    three ("rand" refuses it). Images that no attack fools come back unchanged. The global random state of torch is as
+    before.
     """
     check_known("version", version, VERSIONS)
     return _run(model, x, y, epsilon, seed, version=version)
@@ -140,7 +142,9 @@ def _run(
     **choice: Any,
 ) -> Tensor:
     x = check_attack(model, x, y, epsilon=epsilon)
-    classes = check_logits(model, x[:1], needed=4 if choice["version"] in VERSIONS else 2)
+    classes = check_logits(model, x[:1], needed=4 if choice["version"] == "rand" else 2)
+    if choice["version"] == "standard" and classes < 4:
+        choice = {"version": "custom", "attacks": ["apgd-ce", "fab-t", "square"]}
     number = _as_integer(seed)
     if epsilon == 0:
         return x.clone()

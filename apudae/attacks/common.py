@@ -104,6 +104,10 @@ def warn_of_zeros(gradient: Tensor) -> None:
 
 def require_gradient(output: Tensor) -> None:
     """ValueError unless `output` can be differentiated."""
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            "torch.inference_mode is on and records no gradient; needed for this attack: a call outside of it"
+        )
     if not output.requires_grad:
         raise ValueError(
             "the model gives no gradient with respect to its input; needed for this attack: a differentiable model "

@@ -56,12 +56,9 @@ def run_notebook(
     run = parameters.get("run", declared_parameters(name)["run"][0])
     target = target or run_folder(run) / f"{name}.ipynb"
     if parameters.get("device") == "cuda":
-        import torch  # here, as it takes seconds, which a notebook on a CPU need not wait for
+        from ..contracts import check_device  # here, as torch takes seconds, for which a CPU's notebook need not wait
 
-        if not torch.cuda.is_available():
-            raise ValueError(
-                "device is 'cuda', and there is no GPU that torch can use here; leave it out, or give 'cpu'"
-            )
+        check_device("cuda")
     known = {"APUDAE_COMMIT": provenance()["commit"], "APUDAE_DATA": str(data_root()), "APUDAE_HERE": str(here())}
     known["APUDAE_COMMAND"] = _command(name, parameters)
     failed = target.with_suffix(".failed.ipynb")

@@ -107,6 +107,8 @@ DATASETS: dict[str, Entry] = {
 def look_up(name: str) -> Entry:
     """The entry of the data set `name`, or of your images in "folder:PATH". ValueError for an unknown name."""
     if isinstance(name, str) and name.startswith(FOLDER):
+        if name == FOLDER:  # an empty path would be the working folder
+            raise ValueError(f"{name!r} is no folder; needed: {FOLDER}PATH")
         path = Path(os.path.expanduser(name.removeprefix(FOLDER)))
         return Entry(lambda split, image_size, _: FolderImages(path, split, image_size))
     check_known("data set", name, [*DATASETS, f"{FOLDER}PATH"])

@@ -66,7 +66,8 @@ class FolderImages(Dataset):
                 grey &= is_grey(image)
         if image_size is None and len(sizes) > 1:
             raise ValueError(
-                f"{root} has images of {len(sizes)} sizes ({min(sizes)} to {max(sizes)}); give image_size=…"
+                f"{root} has images of {len(sizes)} sizes ({min(sizes)} to {max(sizes)}); needed: one "
+                "(notebooks take files as they are: resize these; in Python load_dataset(…, image_size=…) does it)"
             )
         resize = [v2.Resize(image_size, antialias=True), v2.CenterCrop(image_size)] if image_size else []
         self.mode = "L" if grey else "RGB"

@@ -10,7 +10,7 @@ from torch import Tensor
 from traitlets import Bunch
 
 from ..attacks import PARAMETERS
-from ..contracts import check_known, check_whole
+from ..contracts import check_at_least, check_known, check_whole
 from ..datasets import DATASETS, load_dataset, look_up
 from ..plots import PALETTE, encoded
 from ..purification import PRESETS
@@ -42,6 +42,7 @@ class Explorer(VBox):
         check_known("attack", attack, ["clean", *PARAMETERS])
         check_known("variant", variant, PRESETS)
         check_whole(0, image=image)
+        check_at_least(0, noise_std=noise_std)
         if image >= len(study.y):
             raise ValueError(f"image is {image}; there are {len(study.y)}, counted from 0")
         self.study, self.studies = study, {study.names["dataset"]: study}
@@ -59,8 +60,9 @@ class Explorer(VBox):
         self.variant = Dropdown(options=list(PRESETS), value=variant, description="variant")
         self.steps = IntText(description="n")
         self.step_size = FloatSlider(description="α", readout_format=".4f", **at_rest)
-        noise = {"min": 0, "max": 0.2, "step": 0.005, "readout_format": ".3f"} | at_rest
-        self.noise_std = FloatSlider(noise_std or PRESETS[variant].noise_std, description="γ", **noise)
+        gamma = noise_std or PRESETS[variant].noise_std
+        noise = {"min": 0, "max": max(0.2, gamma), "step": 0.005, "readout_format": ".3f"} | at_rest  # it would clip γ
+        self.noise_std = FloatSlider(gamma, description="γ", **noise)
         self.step = IntSlider(description="step i", layout={"width": "600px"})
         self.message, self.view = HTML(), HTML(layout={"min_height": "420px"})
         columns = [

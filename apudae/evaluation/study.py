@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..attacks import attack_settings, name_among, parse_spec, project
 from ..checkpoints import load_model
+from ..contracts import check_at_least, check_device
 from ..datasets import load_dataset, look_up, stack, take
 from ..files import ROOT, fingerprint, load_tensors, locked, run_folder, save_tensors
 from ..models import calibrate
@@ -166,6 +167,8 @@ def open_study(
     for kind in ("classifier", "dae"):
         if names[kind] == "":
             raise ValueError(f"{dataset} has no {kind} of its own; give {kind}, a checkpoint's name")
+    check_at_least(0, step_size=step_size)
+    check_device(device)
     source = load_dataset(dataset, split)
     x, y = (tensor.to(device) for tensor in take(source, n, seed))
     settings = attack_settings(dataset, ["bim", *attacks], epsilon)

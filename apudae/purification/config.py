@@ -54,6 +54,9 @@ class PurifyConfig:
             )
         for name, choices in CHOICES.items():
             check_known(name, getattr(self, name), get_args(choices))
+        for name in ("random_transform", "transform_back", "direct"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; needed: True or False")
         pair = isinstance(self.betas, tuple | list) and len(self.betas) == 2
         if not pair or not all(isinstance(beta, Real) and 0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas are {self.betas!r}; needed: two numbers of at least 0 and below 1")

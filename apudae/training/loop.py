@@ -131,7 +131,10 @@ class Batches:
 
     def __init__(self, n: int, recipe: Recipe, start: int) -> None:
         if n < recipe.batch_size:
-            raise ValueError(f"the training set has {n} images; needed: at least one batch of {recipe.batch_size}")
+            raise ValueError(
+                f"the training set has {n} images; needed: at least one batch of {recipe.batch_size}; "
+                f"give batch_size = {n}, or less"
+            )
         rank, processes = rank_and_world_size()
         if recipe.batch_size % processes:
             raise ValueError(f"batch_size is {recipe.batch_size}; needed: a multiple of the {processes} processes")

@@ -79,6 +79,14 @@ def test_works_under_no_grad(attack):
     assert not torch.equal(expected, x)
 
 
+@gradient_attack
+def test_inference_mode_is_named_and_not_the_model(attack):
+    model, x = bumpy((4, 1, 4, 4)).eval(), images(4, 1, 4, 4)
+    y = model(x).argmax(1)
+    with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode is on"):
+        attack(model, x, y, epsilon=0.1)
+
+
 class Breaks(nn.Module):
     """Answers until somebody asks for gradients."""
 

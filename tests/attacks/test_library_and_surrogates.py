@@ -11,7 +11,7 @@ from pyautoattack.autopgd_base import APGDAttack
 from torch import nn
 
 from apudae import Purifier, PurifyConfig, attacks, trajectory
-from apudae.attacks import ATTACKS, ClassifierWithReconstructionError, apgd, counter_attack_b, joint, square
+from apudae.attacks import ATTACKS, ClassifierWithReconstructionError, apgd, counter_attack_b, fgsm, joint, square
 from apudae.attacks.autoattack import autoattack
 from apudae.evaluation.accuracy import accuracy
 from apudae.evaluation.grid import run_attack
@@ -82,11 +82,21 @@ def test_bad_input_is_named(name, options, bad, message):
         ATTACKS[name](linear_classifier(16, 12), arguments.pop("x"), arguments.pop("y"), **arguments, **options)
 
 
-def test_few_classes_are_named():
+@pytest.mark.parametrize("classes", [2, 3, 5])
+def test_few_classes_are_attacked_too(classes):
+    """Your own images may be of two classes: of a linear model FGSM is the worst case, and AutoAttack must reach it."""
+    model = linear_classifier(16, classes)
+    y = model(X).argmax(1)
+    found, known = autoattack(model, X, y, epsilon=0.4), fgsm(model, X, y, epsilon=0.4)
+    assert (found - X).abs().max() <= 0.4 + 1e-6
+    fooled = {"auto": model(found).argmax(1) != y, "fgsm": model(known).argmax(1) != y}
+    assert fooled["fgsm"].any()
+    assert fooled["auto"][fooled["fgsm"]].all()
+
+
+def test_rand_names_too_few_classes():
     with pytest.raises(ValueError, match="3 classes"):
-        autoattack(linear_classifier(16, 3), X, Y, epsilon=0.1)
-    found = autoattack(linear_classifier(16, 5), X, Y, epsilon=0.1)
-    assert found.shape == X.shape
+        autoattack(linear_classifier(16, 3), X, Y % 3, epsilon=0.1, version="rand")
 
 
 def test_bad_options_are_named():

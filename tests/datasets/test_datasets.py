@@ -295,7 +295,7 @@ def test_grey_of_16_bits_keeps_its_brightness(tmp_path):
 def test_mixed_sizes_need_image_size(tmp_path):
     save_folder(tmp_path, (4, 4))
     save_image(tmp_path / "ant" / "wide.png", 30, size=(20, 9))
-    with pytest.raises(ValueError, match=r"sizes.*image_size"):
+    with pytest.raises(ValueError, match=r"2 sizes.*needed: one .*resize these.*image_size"):
         load_dataset(f"folder:{tmp_path}", "train")
     assert load_all(tmp_path, image_size=8)[0].shape == (7, 1, 8, 8)
 
@@ -437,6 +437,13 @@ def test_what_names_no_data_set_is_told(name):
 def test_what_names_no_folder_is_told(path):
     with pytest.raises(ValueError, match="is no folder"):
         load_dataset(f"folder:{path}", "test")
+
+
+def test_a_folder_without_a_path_is_not_the_working_folder(tmp_path, monkeypatch):
+    save_folder(tmp_path, (4, 4))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="'folder:' is no folder; needed: folder:PATH"):
+        load_dataset("folder:", "test")
 
 
 def test_a_split_that_a_data_set_lacks_is_called_by_its_name():

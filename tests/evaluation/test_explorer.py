@@ -67,6 +67,20 @@ def test_a_variant_has_just_the_noise_that_is_given():
         variant("A", 0, 0.01, 0.0)
 
 
+def test_no_slider_clips_what_the_notebook_gives(study):
+    assert Explorer(study, variant="F", noise_std=0.5).noise_std.value == 0.5
+    with pytest.raises(ValueError, match="noise_std is -1; needed: a finite number of at least 0"):
+        Explorer(study, noise_std=-1)
+    with pytest.raises(ValueError, match="step_size is -1; needed: a finite number of at least 0"):
+        open_study("31_explorer", dataset="mnist5k", n=10, step_size=-1)
+
+
+def test_a_notebook_names_a_device_that_is_not_there():
+    """Run All in JupyterLab meets no check of the command line."""
+    with pytest.raises(ValueError, match="device 'gpu' is unknown"):
+        open_study("31_explorer", dataset="mnist5k", n=10, device="gpu")
+
+
 def test_an_uploaded_image_is_its_pixels(study):
     pixels = np.arange(28 * 28).reshape(28, 28).astype(np.uint8)
     found = uploaded("mine.png", file_of(pixels), study.x)

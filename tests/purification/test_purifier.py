@@ -319,7 +319,11 @@ def test_unknown_preset_lists_what_there_is(name):
 
 @pytest.mark.parametrize(
     "bad",
-    [{"steps": -1}, {"steps": 1.5}, {"steps": "3"}, {"step_size": -0.1}, {"step_size": float("nan")}, {"steps": True}],
+    [
+        *({"steps": value} for value in (-1, 1.5, "3", True)),
+        *({"step_size": value} for value in (-0.1, float("nan"))),
+        *({"direct": "no"}, {"transform_back": float("nan")}, {"random_transform": 1}),
+    ],
 )
 def test_bad_configuration_is_named(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):

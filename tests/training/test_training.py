@@ -570,7 +570,7 @@ def test_bad_recipe_is_named(bad):
 
 
 def test_batch_larger_than_the_data_set(few):
-    with pytest.raises(ValueError, match=r"320 images.*400"):
+    with pytest.raises(ValueError, match=r"320 images.*400; give batch_size = 320, or less"):
         trained(few, recipe=Recipe(steps=5, batch_size=400))
 
 
