@@ -13,6 +13,7 @@ import yaml
 from ..checkpoints import load_model
 from ..contracts import check_known
 from ..datasets import SPLITS, look_up
+from ..datasets.folder import path_and_size
 from ..files import CHECKPOINTS, ROOT, RUNS, from_root, run_folder
 from ..names import FOLDER
 from ..purification.config import PRESETS
@@ -121,6 +122,6 @@ def _check_values(parameters: dict[str, Any], trained: set[Path]) -> None:
             load_model(parameters[key])
     if dataset := parameters.get("dataset"):
         look_up(dataset)
-        folder = dataset.removeprefix(FOLDER)
-        if folder != dataset and not Path(folder).expanduser().is_dir():
+        folder, _ = path_and_size(dataset.removeprefix(FOLDER))
+        if dataset.startswith(FOLDER) and not os.path.isdir(folder):
             raise ValueError(f"{folder} is no folder; needed: images, a folder for each class")

@@ -1,10 +1,8 @@
 """Data sets as torch `Dataset`s of (image float32 (C, H, W) in [0, 1], label int), and the registry of them."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 from torch.utils.data import Dataset, Subset
@@ -12,7 +10,7 @@ from torch.utils.data import Dataset, Subset
 from ..contracts import check_known
 from ..files import data_root
 from ..names import FOLDER
-from .folder import FolderImages
+from .folder import FolderImages, path_and_size
 from .imagenet import IMAGE_SIZE, bsds500, examples, imagenet
 from .selection import hold_out, stack, take
 from .small import CIFAR10_CLASSES, DIGITS, cifar10, cifar10_examples, mnist, mnist5k, zipped
@@ -109,8 +107,8 @@ def look_up(name: str) -> Entry:
     if isinstance(name, str) and name.startswith(FOLDER):
         if name == FOLDER:  # an empty path would be the working folder
             raise ValueError(f"{name!r} is no folder; needed: {FOLDER}PATH")
-        path = Path(os.path.expanduser(name.removeprefix(FOLDER)))
-        return Entry(lambda split, image_size, _: FolderImages(path, split, image_size))
+        path, own = path_and_size(name.removeprefix(FOLDER))
+        return Entry(lambda split, size, _: FolderImages(path, split, own if size is None else size))
     check_known("data set", name, [*DATASETS, f"{FOLDER}PATH"])
     return DATASETS[name]
 
@@ -131,7 +129,8 @@ def load_dataset(
       data/downloads), which is not unpacked.
     - "cifar10-20": 20 of the original test images, carried by the package foolbox: "test" alone.
     - "folder:PATH": your images, one folder a class, with train/ and test/ above the classes or without (then every
-      fifth image of a class is test). `image_size` resizes and crops to a square; needed where sizes differ.
+      fifth image of a class is test). "folder:PATH@64", or `image_size`, resizes the shorter side and crops to a
+      square; needed where sizes differ.
     - "imagenet": ILSVRC-2012 in imagenet/train/ and imagenet/val/ (that is "test") of the folder APUDAE_DATA, a folder
       a class, named by its WordNet id; read from disk as it is needed, 224 pixels square or `image_size`. With
       `skip_broken`, every file is read once at the start and what cannot be read is left out.

@@ -1,6 +1,7 @@
 """Your own images: a folder for each class, read when they are asked for."""
 
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -9,6 +10,13 @@ from torch.utils.data import Dataset
 
 from ..contracts import check_whole
 from .image_files import is_grey, opened, read, size_of
+
+
+def path_and_size(text: str) -> tuple[Path, int | None]:
+    """The folder in "PATH" or "PATH@64", and the size that its images are to have; one that is named so is itself."""
+    path = os.path.expanduser(text)
+    found = None if os.path.isdir(path) else re.fullmatch(r"(.+)@(\d{1,5})", path)
+    return (Path(found[1]), int(found[2])) if found else (Path(path), None)
 
 
 class FolderImages(Dataset):
@@ -66,8 +74,8 @@ class FolderImages(Dataset):
                 grey &= is_grey(image)
         if image_size is None and len(sizes) > 1:
             raise ValueError(
-                f"{root} has images of {len(sizes)} sizes ({min(sizes)} to {max(sizes)}); needed: one "
-                "(notebooks take files as they are: resize these; in Python load_dataset(…, image_size=…) does it)"
+                f"{root} has images of {len(sizes)} sizes ({min(sizes)} to {max(sizes)}); needed: one, "
+                "or such as folder:PATH@64, which resizes and crops to a square"
             )
         resize = [v2.Resize(image_size, antialias=True), v2.CenterCrop(image_size)] if image_size else []
         self.mode = "L" if grey else "RGB"

@@ -154,7 +154,8 @@ def open_study(
 ) -> Study:
     """`n` images of a data set, the networks, and the images under `attacks`, on `device`.
 
-    Empty names, ε and α (`step_size`) of 0 are the data set's own; with `dae` None there is no autoencoder.
+    Empty names, ε and α (`step_size`) of 0 are the data set's own; with `dae` None there is no autoencoder, and without
+    `attacks` a set that has no ε needs none.
     "clean" comes first, asked for or not; an attack that names the study's own ε, as "bim@0.1" may, is "bim".
     `parameters` change those of the attacks that they name. Attacked images are made where they are missing, kept in
     data/runs/<run>/attacked/, and reused by every notebook of the run that asks for them, or for fewer. Rows go to
@@ -171,6 +172,8 @@ def open_study(
     check_device(device)
     source = load_dataset(dataset, split)
     x, y = (tensor.to(device) for tensor in take(source, n, seed))
+    if not attacks and entry.budget is None:
+        epsilon = epsilon or math.nan  # nothing is attacked here
     settings = attack_settings(dataset, ["bim", *attacks], epsilon)
     usual, sizes = settings["bim"]["epsilon"], {spec: settings[spec].get("epsilon", math.nan) for spec in attacks}
     attacks = dict.fromkeys(["clean", *(name_among(parse_spec(spec)[0], sizes[spec], usual) for spec in attacks)])

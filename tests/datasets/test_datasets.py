@@ -295,9 +295,18 @@ def test_grey_of_16_bits_keeps_its_brightness(tmp_path):
 def test_mixed_sizes_need_image_size(tmp_path):
     save_folder(tmp_path, (4, 4))
     save_image(tmp_path / "ant" / "wide.png", 30, size=(20, 9))
-    with pytest.raises(ValueError, match=r"2 sizes.*needed: one .*resize these.*image_size"):
+    with pytest.raises(ValueError, match=r"2 sizes.*needed: one, or such as folder:PATH@64"):
         load_dataset(f"folder:{tmp_path}", "train")
     assert load_all(tmp_path, image_size=8)[0].shape == (7, 1, 8, 8)
+    assert load_all(f"{tmp_path}@8")[0].equal(load_all(tmp_path, image_size=8)[0])
+    with pytest.raises(ValueError, match="image_size is 0"):
+        load_dataset(f"folder:{tmp_path}@0", "train")
+
+
+def test_a_folder_whose_name_ends_like_a_size_is_itself(tmp_path):
+    save_folder(tmp_path / "photos@64", (4, 4))
+    assert load_all(tmp_path / "photos@64")[0].shape == (6, 1, 6, 6)
+    assert load_all(f"{tmp_path / 'photos@64'}@9")[0].shape == (6, 1, 9, 9)
 
 
 @pytest.mark.parametrize("size", [0, -3])

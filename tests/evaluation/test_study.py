@@ -81,6 +81,17 @@ def test_without_an_attack_there_is_no_iterated_one():
         open_study("05_purify_a", dataset="mnist5k", n=4, attacks=["clean", 3])
 
 
+def test_where_nothing_is_attacked_no_epsilon_is_asked_for(monkeypatch, tmp_path):
+    for label, name in enumerate(("ant", "bee")):
+        for number in range(5):
+            (tmp_path / name).mkdir(exist_ok=True)
+            Image.new("L", (28, 28), 50 * label + number).save(tmp_path / name / f"{number}.png")
+    given = {"dataset": f"folder:{tmp_path}", "n": 2, "classifier": "mnist/classifier", "dae": "mnist/dae"}
+    assert math.isnan(open_study("28_certified_radius", **given).epsilon)
+    with pytest.raises(ValueError, match="has no ε of its own; give epsilon"):
+        open_study("05_purify_a", attacks=["clean"], **given)
+
+
 def test_more_images_than_there_are_is_told_with_what_to_give():
     with pytest.raises(ValueError, match="1001 images asked for; there are 1000: give n = 1000, or less"):
         open_study("05_purify_a", dataset="mnist5k", n=1001)
