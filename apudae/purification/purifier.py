@@ -29,11 +29,12 @@ def purify(
     part of the images with its ids has the same noise, bit for bit, whatever is purified beside it.
 
     `config` is a name in `PRESETS` or a `PurifyConfig`; `steps=0` returns `x` unchanged. Memory does not grow with the
-    number of steps. Works under `torch.no_grad`. Raises ValueError for input that breaks the contracts of `apudae`, and
-    for a configuration that needs μ and σ with an autoencoder that was never calibrated.
+    number of steps. Works under `torch.no_grad`; no gradient comes back (for an attacker's: `Purifier`). Raises
+    ValueError for input that breaks the contracts of `apudae`, and for a configuration that needs μ and σ with an
+    autoencoder that was never calibrated.
     """
     check_images(x)
-    return Purifier(dae, config, seed=seed)(x, ids)
+    return Purifier(dae, config, seed=seed)(x.detach(), ids)
 
 
 class Purifier(nn.Module):

@@ -1,4 +1,5 @@
 import copy
+import warnings
 import weakref
 
 import pytest
@@ -121,7 +122,11 @@ def test_works_where_gradients_are_off(config, mode):
 @every_preset
 def test_works_on_images_that_track_gradients(config):
     dae, x = calibrated_dae(), images(3, 1, 7, 8)
-    assert torch.equal(purify(dae, x.clone().requires_grad_(), config), purify(dae, x, config))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = purify(dae, x.clone().requires_grad_(), config)
+    assert torch.equal(found, purify(dae, x, config))
+    assert not found.requires_grad
 
 
 def test_purifying_lowers_the_error_of_noisy_digits(dae, digits):
