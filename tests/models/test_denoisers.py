@@ -19,7 +19,7 @@ from apudae.models.pretrained import DEEPINV
 SMALL = {  # DeepInverse's larger networks, as it lets one ask for them
     "DRUNet": {"nc": (8, 8, 8, 8), "nb": 1},
     "Restormer": {"dim": 8, "num_blocks": (1, 1, 1, 1), "num_refinement_blocks": 1},
-    "SCUNet": {"config": (1, 1, 1, 1, 1, 1, 1), "dim": 32},
+    "SCUNet": {"config": (1, 1, 1, 1, 1, 1, 1)},
 }
 
 
@@ -90,7 +90,9 @@ def follows_the_contract(dae, channels):
 # --- DeepInverse ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", DEEPINV)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind == "SCUNet")) for kind in DEEPINV]
+)
 def test_denoisers_of_deepinverse(monkeypatch, kind):
     """With random weights in place of a download, in the library's own class, and small."""
     models = pytest.importorskip("deepinv.models")
