@@ -34,13 +34,15 @@ def test_photographs_calibrate_a_denoiser_on_other_photographs_where_these_are(m
     """`photographs` has no training images: BSDS500's held-out ones take their place, or C to G say what they need."""
     monkeypatch.setenv("APUDAE_DATA", str(tmp_path))
     monkeypatch.setattr(files, "RUNS", tmp_path)
-    monkeypatch.setitem(DATASETS, "photographs", replace(DATASETS["photographs"], classifier="python:mine:classifier"))
-    (tmp_path / "mine.py").write_text(
+    monkeypatch.setitem(
+        DATASETS, "photographs", replace(DATASETS["photographs"], classifier="python:of_photographs:classifier")
+    )
+    (tmp_path / "of_photographs.py").write_text(
         "import torch\ndae = lambda: torch.nn.Conv2d(3, 3, 3, padding=1)\n"
-        "classifier = lambda: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 224**2, 1000))\n"
+        "classifier = lambda: torch.nn.Conv2d(3, 9, 224)  # not called\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    given = {"dataset": "photographs", "n": 2, "dae": "python:mine:dae"}
+    given = {"dataset": "photographs", "n": 2, "dae": "python:of_photographs:dae"}
     study = open_study("05_purify_a", **given)
     assert math.isnan(study.recon_mu)
     with pytest.raises(ValueError, match="needs μ and σ of the reconstruction error, and this autoencoder has none"):
