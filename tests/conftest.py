@@ -30,17 +30,17 @@ def digits():
     return take(apudae.load_dataset("mnist5k", "test"), 200)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def classifier():
     return apudae.load_model("mnist/classifier")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cnn():
     return apudae.load_model("mnist/cnn")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def dae():
     return apudae.load_model("mnist/dae")
 

@@ -285,7 +285,7 @@ def test_what_stands_stands_before_other_libraries_too(name, library, classifier
     found = ladder(classifier, dae, config, x, y, attack_suite(SETTINGS, "quick", GRAY), **FACTS)
     stands = torch.tensor((found.record.broken_by == "").to_numpy())
     x, y = x[stands][:10], y[stands][:10]
-    defended = nn.Sequential(Purifier(dae, config, "exact"), classifier)
+    defended = nn.Sequential(Purifier(dae, config, "exact"), classifier).eval()  # else torchattacks leaves all training
     torch.manual_seed(0)
     theirs = getattr(peers, library)()["pgd"](defended, x, y).detach()
     assert (theirs - x).abs().max() <= 0.1 + 1e-6
