@@ -141,18 +141,19 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
     """Evaluate `modules` in eval mode and without weight gradients, then restore both, also after an error."""
     check_modules(*modules)
     parts = [part for module in modules for part in module.modules()]
-    training = [part for part in parts if part.training]
+    modes = [part.training for part in parts]
     weights = [weight for part in parts for weight in part.parameters(recurse=False) if weight.requires_grad]
     try:
-        if training:  # else nothing is walked through again: a step of an attack comes here too
+        if any(modes):  # else nothing is set anew: a step of an attack comes here too
             for module in modules:
                 module.eval()
         for weight in weights:
             weight.requires_grad_(False)
         yield
     finally:
-        for part in training:
-            part.training = True
+        for part, mode in zip(parts, modes, strict=True):
+            if part.training != mode:  # what another library has set in between, too
+                part.training = mode
         for weight in weights:
             weight.requires_grad_(True)
 
