@@ -55,10 +55,12 @@ def image_strip(columns: dict[str, Tensor], captions: dict[str, list[str]], titl
     cell = min(110, (WIDTH - 90) / len(columns))
     wrap = textwrap.TextWrapper(int(cell / 8), break_long_words=False).wrap
     wrapped = [wrap(heading.replace("<br>", " ")) for heading in columns]
-    headings, longest = ["<br>".join(each) for each in wrapped], max(len(line) for each in wrapped for line in each)
+    headings = ["<br>".join(each) for each in wrapped]
+    longest = max((len(line) for each in wrapped for line in each), default=1)
     gap = {"horizontal_spacing": 0.01, "vertical_spacing": 0.22 / rows}
     figure = make_subplots(rows, len(columns), column_titles=headings, **gap)
-    figure.update_annotations(font_size=min(16, cell / (0.6 * longest)))  # letters are .6 of their size wide at most
+    # letters are .6 of their size wide at most, and read from 6 on
+    figure.update_annotations(font_size=max(6, min(16, cell / (0.6 * longest))))
     for column, (heading, images) in enumerate(columns.items(), start=1):
         for row, image in enumerate(images, start=1):
             figure.add_trace(go.Image(source=encoded(image), hoverinfo="skip"), row, column)

@@ -163,7 +163,7 @@ def _from_here(value: Any) -> Any:
         return value
     if value.startswith(FOLDER):
         path = value.removeprefix(FOLDER)
-        return value if not path or path.startswith("~") else FOLDER + os.path.abspath(path)
+        return value if not path or path[0] in "~@" else FOLDER + os.path.abspath(path)
     if os.path.isfile(CHECKPOINTS / f"{value}.json") or not os.path.isfile(f"{value}.json"):
         return value  # shipped, or no checkpoint
     return from_root(Path(value))

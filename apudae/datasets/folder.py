@@ -15,7 +15,7 @@ from .image_files import is_grey, opened, read, size_of
 def path_and_size(text: str) -> tuple[Path, int | None]:
     """The folder in "PATH" or "PATH@64", and the size that its images are to have; one that is named so is itself."""
     path = os.path.expanduser(text)
-    found = None if os.path.isdir(path) else re.fullmatch(r"(.+)@(\d{1,5})", path)
+    found = None if os.path.isdir(path) else re.fullmatch(r"(.+)@([1-9]\d{0,3})", path)
     return (Path(found[1]), int(found[2])) if found else (Path(path), None)
 
 

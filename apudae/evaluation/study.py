@@ -168,7 +168,7 @@ def open_study(
     for kind in ("classifier", "dae"):
         if names[kind] == "":
             raise ValueError(f"{dataset} has no {kind} of its own; give {kind}, a checkpoint's name")
-    check_at_least(0, step_size=step_size)
+    check_at_least(0, step_size=step_size, epsilon=epsilon)
     check_device(device)
     source = load_dataset(dataset, split)
     x, y = (tensor.to(device) for tensor in take(source, n, seed))
@@ -211,7 +211,7 @@ def _calibrated(dae: nn.Module, dataset: str) -> nn.Module:
     dae, entry = with_calibration(dae), look_up(dataset)
     source = entry.calibrated_on or (dataset if "train" in entry.splits else "")
     if source and dae.recon_mu.isnan():
-        with suppress(ValueError if source != dataset else ()):  # photographs that are not on this machine
+        with suppress(ValueError):  # photographs that are not on this machine, a folder of too few images
             calibrate(dae, stack(load_dataset(source, "held_out"))[0])
     return dae
 

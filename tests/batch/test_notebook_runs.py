@@ -150,7 +150,8 @@ def test_what_the_user_typed_counts_from_where_the_user_stands(tmp_path, monkeyp
     here = str(tmp_path / "mine" / "net.v2")
     made = {"dataset": f"folder:{tmp_path / 'photos'}", "classifier": here, "daes": [here, "mnist/dae", "python:a:b"]}
     assert from_here(given) == given | made | {"magnet": str(tmp_path / "05")}
-    for value in ("", "folder:", "folder:~/photos", "a\0b", "x" * 5000, "mnist/classifier", "timm:net.v2", 3.5, None):
+    folders = ("folder:", "folder:@64", "folder:~/photos")
+    for value in ("", *folders, "a\0b", "x" * 5000, "mnist/classifier", "timm:net.v2", 3.5, None):
         assert from_here({"it": value}) == {"it": value}
     assert from_here({"it": [[1, {}]]}) == {"it": [[1, {}]]}
     monkeypatch.chdir(ROOT / "data")

@@ -299,8 +299,9 @@ def test_mixed_sizes_need_image_size(tmp_path):
         load_dataset(f"folder:{tmp_path}", "train")
     assert load_all(tmp_path, image_size=8)[0].shape == (7, 1, 8, 8)
     assert load_all(f"{tmp_path}@8")[0].equal(load_all(tmp_path, image_size=8)[0])
-    with pytest.raises(ValueError, match="image_size is 0"):
-        load_dataset(f"folder:{tmp_path}@0", "train")
+    for ending in ("@0", "@-3", "@99999", "@"):
+        with pytest.raises(ValueError, match=f"{tmp_path}{ending} is no folder"):
+            load_dataset(f"folder:{tmp_path}{ending}", "train")
 
 
 def test_a_folder_whose_name_ends_like_a_size_is_itself(tmp_path):

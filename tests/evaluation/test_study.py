@@ -83,6 +83,12 @@ def test_without_an_attack_there_is_no_iterated_one():
         open_study("05_purify_a", dataset="mnist5k", n=4, attacks=["clean", 3])
 
 
+@pytest.mark.parametrize("epsilon", [-1.0, math.nan, "x"])
+def test_an_epsilon_that_is_none_is_told_before_anything_is_made(epsilon):
+    with pytest.raises(ValueError, match=r"epsilon is .*; needed: a finite number of at least 0"):
+        open_study("05_purify_a", dataset="mnist5k", n=4, epsilon=epsilon)
+
+
 def test_where_nothing_is_attacked_no_epsilon_is_asked_for(monkeypatch, tmp_path):
     for label, name in enumerate(("ant", "bee")):
         for number in range(5):
