@@ -59,6 +59,8 @@ class Budget(NamedTuple):
 BUDGETS = {
     "quick": Budget("quick", 20, 1, (20, 1), (5, 1), (5, 1), 20, 2, 4, 3, 20),
     "full": Budget("full", 100, 3, (80, 3), (40, 1), (50, 1), 500, 20, 16, 5, 20),
+    # twice the steps and twice the restarts of "full", to see whether that is enough
+    "double": Budget("double", 200, 3, (160, 6), (80, 2), (100, 2), 1000, 40, 16, 5, 20),
 }
 # shares of the standing images, by smallest margin, that the dearest attacks try; seeds apart from the choosers'
 QUARTER, TENTH, JUDGES, ATTACKER = 0.25, 0.1, 10_000, 20_000

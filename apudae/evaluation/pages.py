@@ -59,7 +59,7 @@ def headline() -> str:
         table = suite_table(read_results(RESULTS / name).query("split == 'test'"))
         entry = look_up(table.dataset.iloc[0])
         lines.append(f"| **{table.dataset.iloc[0]}, ε = {entry.budget.epsilon:.3g}** | | | | |")
-        place = table.purifier.str.split().str[0].map(["none", *PRESETS].index)
+        place = table.purifier.str.split().str[0].map(["none", *PRESETS, "magnet", "defense_gan"].index)
         foreign = (table.classifier != entry.classifier).astype(int) * 2
         foreign += ((table.dae != entry.dae) & (table.purifier != "none")).astype(int)
         table = table.iloc[(100 * foreign + place).argsort(kind="stable")]

@@ -86,7 +86,7 @@ class Purifier(nn.Module):
             purified = in_batches(once, x.detach(), ids, batch_size=None, numbers=CACHE).detach()
             if self.backward in ("none", "exact"):
                 return purified
-            return StraightThrough.apply(x if self.backward == "identity" else self.dae(x), purified)
+            return StraightThrough.apply(x if self.backward == "identity" else self._reconstructed(x), purified)
 
     def recorded(self, x: Tensor, ids: Tensor | None = None) -> tuple[Tensor, list[Step]]:
         """The purified images, all at once and without gradients, and a line for each step that was taken."""
@@ -113,7 +113,7 @@ class Purifier(nn.Module):
         draws = Draws(seed, ids) if config.is_random else None
         if config.direct:
             seen = x if draws is None else x + config.noise_std * draws.normal(x)
-            return check_output(x, self.dae(seen)).clamp(0, 1)
+            return check_output(x, self._reconstructed(seen)).clamp(0, 1)
         if config.transforms:  # G: X_pur,0 = t(X_adv, f, θ)
             chance = draws if config.random_transform else None
             x = resampled(x, matrix := affine_matrices(x, config.resize, config.rotation, chance))
@@ -143,9 +143,18 @@ class Purifier(nn.Module):
                 active = moving
         return resampled(x, torch.linalg.inv(matrix)) if config.transform_back else x
 
+    def _reconstructed(self, x: Tensor) -> Tensor:
+        """The autoencoder's output. In autocast the layout is channels-last: bfloat16's convolutions are made for it.
+
+        In float32 the layout stays as given: it would change the last bits, and with them signs.
+        """
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.clone(memory_format=torch.channels_last)  # `contiguous` would leave a single channel as it is
+        return self.dae(x)
+
     @torch.no_grad()
     def _errors(self, x: Tensor) -> Tensor:
-        return squared_distance(x, self.dae(x))
+        return squared_distance(x, self._reconstructed(x))
 
     def _errors_and_gradients(self, x: Tensor, *, exact: bool) -> tuple[Tensor, Tensor]:
         """dist of each image and its gradient, from one pass: (n,) and (n, C, H, W).
@@ -158,7 +167,7 @@ class Purifier(nn.Module):
     def _pass(self, x: Tensor, *, graph: bool) -> tuple[Tensor, Tensor]:
         with torch.enable_grad(), frozen(self.dae):  # the backward pass of an attacker comes after `forward`
             x = x if graph else x.requires_grad_()
-            errors = squared_distance(x, self.dae(x))
+            errors = squared_distance(x, self._reconstructed(x))
             (gradients,) = torch.autograd.grad(errors.sum(), x, create_graph=graph)  # of a sum: each image its own
         return (errors if graph else errors.detach()), gradients
 
