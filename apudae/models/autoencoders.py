@@ -63,7 +63,8 @@ class DAE(Autoencoder):
     def forward(self, x: Tensor) -> Tensor:
         self.check(x)
         height, width = x.shape[2:]
-        padded = F.pad(x, (0, width % 2, 0, height % 2), mode="replicate")  # stride 2 needs even sides
+        odd = width % 2 or height % 2  # stride 2 needs even sides
+        padded = F.pad(x, (0, width % 2, 0, height % 2), mode="replicate") if odd else x
         h, skips = padded, []
         for i, block in enumerate(self.encoder, start=1):
             h = block(h)

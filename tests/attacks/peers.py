@@ -7,14 +7,16 @@ from apudae import attacks
 
 EPSILON, STEP, STEPS = 0.1, 0.01, 22
 CW = {"steps": 200, "search_steps": 5, "learning_rate": 0.05, "initial_c": 1e-2, "confidence": 0.0}
-UNCLIPPED = ("cw", "deepfool")
+FIXED_C = {**CW, "search_steps": 1, "initial_c": 1.0}  # no search for c: torchattacks' CW
+UNCLIPPED = ("cw", "cw, fixed c", "deepfool")
 
 
 def ours() -> dict:
     """Name to attack(model, x, y)."""
     budget = {name: {"epsilon": EPSILON} for name in ("fgsm", "r_fgsm", "bim", "pgd")}
     unlimited = {"cw": {"epsilon": math.inf, **CW}, "deepfool": {"epsilon": math.inf}}
-    return {name: partial(getattr(attacks, name), **more) for name, more in (budget | unlimited).items()}
+    unlimited["cw, fixed c"] = {"epsilon": math.inf, **FIXED_C}
+    return {name: partial(getattr(attacks, name.split(",")[0]), **more) for name, more in (budget | unlimited).items()}
 
 
 def foolbox() -> dict:
@@ -36,7 +38,7 @@ def foolbox() -> dict:
 
 
 def torchattacks() -> dict:
-    """The same attacks of torchattacks (its CW has one fixed c and no search: the first of ours is given)."""
+    """The same attacks of torchattacks; its CW has one fixed c and no search."""
     import torchattacks as ta
 
     return {
@@ -44,7 +46,7 @@ def torchattacks() -> dict:
         "r_fgsm": lambda model, x, y: ta.RFGSM(model, eps=EPSILON, alpha=EPSILON / 2, steps=1)(x, y),
         "bim": lambda model, x, y: ta.BIM(model, eps=EPSILON, alpha=STEP, steps=STEPS)(x, y),
         "pgd": lambda model, x, y: ta.PGD(model, eps=EPSILON, alpha=STEP, steps=STEPS)(x, y),
-        "cw": lambda model, x, y: ta.CW(model, c=1, steps=CW["steps"], lr=CW["learning_rate"])(x, y),
+        "cw, fixed c": lambda model, x, y: ta.CW(model, c=1, steps=CW["steps"], lr=CW["learning_rate"])(x, y),
         "deepfool": lambda model, x, y: ta.DeepFool(model)(x, y),
     }
 

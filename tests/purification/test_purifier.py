@@ -119,6 +119,22 @@ def test_works_where_gradients_are_off(config, mode):
         assert torch.equal(purify(dae, x.clone(), config), expected)  # in inference mode: a tensor born there
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", ["direct", "A", "E"])
+def test_in_autocast_the_autoencoder_sees_channels_last(name, channels):
+    """The layout that bfloat16's convolutions are made for; with one channel too, where both layouts look alike."""
+    dae, x, seen = calibrated_dae(channels=channels), images(3, channels, 8, 8), []
+    dae.register_forward_pre_hook(lambda _, given: seen.append(given[0].stride()))
+    usual = purify(dae, x, name)
+    assert set(seen) == {x.stride()}, "float32 stays as it is, bit for bit"
+    seen.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = purify(dae, x, name)
+    assert set(seen) == {(64 * channels, 1, 8 * channels, channels)}
+    assert found.dtype == torch.float32
+    assert recon_error(dae, found).mean() < 1.1 * recon_error(dae, usual).mean()
+
+
 @every_preset
 def test_works_on_images_that_track_gradients(config):
     dae, x = calibrated_dae(), images(3, 1, 7, 8)
