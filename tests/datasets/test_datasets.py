@@ -225,6 +225,7 @@ def test_damage_inside_a_zip_is_named(cifar_folder, method):
         load_dataset("cifar10-jpeg", "train")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not os.path.isfile(os.path.join(os.environ.get("APUDAE_DATA", ""), "cifar10-jpeg.zip")),
     reason="APUDAE_DATA has no cifar10-jpeg.zip",

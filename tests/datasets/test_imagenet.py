@@ -218,6 +218,7 @@ def test_photographs_of_two_sizes_are_refused(bsds):
 # --- training on photographs ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_worker_processes_give_what_one_process_gives(root):
     streamed = load_dataset("imagenet", "test", image_size=16)
     assert readers(Subset(streamed, [0, 1])) >= 1

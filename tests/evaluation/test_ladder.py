@@ -1,6 +1,7 @@
 """The ladder keeps each image's worst case, drops what has fallen, goes on after a kill, and breaks what is broken."""
 
 import functools
+import itertools
 import json
 import math
 import sys
@@ -308,13 +309,25 @@ def test_few_classes_leave_out_what_needs_more(classes, dlr, targets):
     assert names == ["dlr"] * dlr + [f"t{rank}" for rank in range(1, targets + 1)]
 
 
-def test_quick_and_full_are_the_budgets():
-    quick, full = (attack_suite(SETTINGS, name) for name in BUDGETS)
-    assert {each.name for each in quick} <= {each.name for each in full}
-    steps = {each.name: each.parameters.get("steps") or 0 for each in full}
-    assert all(steps[each.name] >= (each.parameters.get("steps") or 0) for each in quick)
-    with pytest.raises(ValueError, match="'huge' is unknown; there is: quick, full"):
+def test_each_budget_is_as_large_as_the_one_before():
+    suites = [attack_suite(SETTINGS, name) for name in BUDGETS]
+    for smaller, larger in itertools.pairwise(suites):
+        assert {each.name for each in smaller} <= {each.name for each in larger}
+        for key in ("steps", "restarts", "queries"):
+            size = {each.name: each.parameters.get(key) or 0 for each in larger}
+            assert all(size[each.name] >= (each.parameters.get(key) or 0) for each in smaller)
+    with pytest.raises(ValueError, match="'huge' is unknown; there is: quick, full, double"):
         attack_suite(SETTINGS, "huge")
+
+
+def test_double_has_twice_the_steps_and_restarts_of_full():
+    full, double = (
+        {each.name: each.parameters for each in attack_suite(SETTINGS, name)} for name in ("full", "double")
+    )
+    assert full.keys() == double.keys()
+    for name in ("joint_at_mu", "bpda_identity", "exact_margin"):
+        sizes = [(sizes["steps"], sizes["restarts"]) for sizes in (full[name], double[name])]
+        assert sizes[1] == (2 * sizes[0][0], 2 * sizes[0][1]), name
 
 
 class Coin(nn.Module):

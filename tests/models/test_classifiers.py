@@ -81,6 +81,7 @@ def test_efficientnet_normalises_inside(lite):
     torch.testing.assert_close(lite(x), lite[1]((x * 255 - 127) / 128))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.isdir(SAMPLE), reason="APUDAE_DATA has no imagenet-sample")
 def test_efficientnet_is_as_good_as_published(lite):
     """On all 1,000 photographs .888, .976 and .988; these 100 are the first of a fixed choice."""
