@@ -14,9 +14,9 @@ from .image_files import is_grey, opened, read, size_of
 
 def path_and_size(text: str) -> tuple[Path, int | None]:
     """The folder in "PATH" or "PATH@64", and the size that its images are to have; one that is named so is itself."""
-    path = os.path.expanduser(text)
-    found = None if os.path.isdir(path) else re.fullmatch(r"(.+)@([1-9]\d{0,3})", path)
-    return (Path(found[1]), int(found[2])) if found else (Path(path), None)
+    whole = Path(os.path.expanduser(text))
+    found = None if os.path.isdir(whole) else re.fullmatch(r"(.+)@([1-9]\d{0,3})", text)  # "~@64": not of a user @64
+    return (Path(os.path.expanduser(found[1])), int(found[2])) if found else (whole, None)
 
 
 class FolderImages(Dataset):

@@ -311,6 +311,12 @@ def test_a_folder_whose_name_ends_like_a_size_is_itself(tmp_path):
     assert load_all(f"{tmp_path / 'photos@64'}@9")[0].shape == (6, 1, 9, 9)
 
 
+def test_a_home_with_a_size_is_no_other_users(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_folder(tmp_path, (4, 4))
+    assert load_all("~@9")[0].shape == (6, 1, 9, 9)
+
+
 @pytest.mark.parametrize("size", [0, -3])
 def test_image_size_must_be_positive(tmp_path, size):
     save_folder(tmp_path, (4, 4))
