@@ -13,7 +13,9 @@ import torch
 from conftest import images, linear_classifier, margins
 from torch import nn
 
+import apudae
 from apudae import PRESETS, Purifier, PurifyConfig, attacks
+from apudae.baselines import DefenseGAN, ProjectionConfig
 from apudae.evaluation.accuracy import accuracy, predict
 from apudae.evaluation.ladder import BUDGETS, Budget, SuiteAttack, attack_suite, ladder, margin_paths
 from apudae.evaluation.sanity import Quantised
@@ -129,6 +131,21 @@ def test_a_margin_is_negative_where_the_classifier_is_wrong(classifier, digits):
     x = attacks.fgsm(classifier, x, y, epsilon=0.1)
     assert ((margins(classifier, x, y) > 0) == (predict(classifier, x) == y)).all()
     assert margin(torch.tensor([[1.0, 5, 2], [4, 1, 3]]), torch.tensor([1, 2])).tolist() == [3, -1]
+
+
+def test_a_baseline_meets_the_attacks_that_it_has_a_surrogate_for(classifier, few):
+    """MagNet has a gradient of its own; Defense-GAN's search lets none through; neither has an autoencoder's error."""
+    reformer = apudae.load_model("mnist/magnet")
+    search = DefenseGAN(apudae.load_model("mnist/generator"), ProjectionConfig(restarts=1, steps=2))
+    suite, tried = attack_suite(SETTINGS, TINY, gray=["fgsm"]), {}
+    for name, defense in {"magnet": reformer, "defense_gan": search}.items():
+        found = ladder(classifier, None, defense, *few, suite, budget=TINY, **FACTS | {"purifier": name})
+        tried[name] = {row["attack"] for row in found.rows}
+        assert (found.images - few[0]).abs().max() <= 0.1 + 1e-6
+    assert {"gray_fgsm", "bpda_identity", "exact_warm", "square", "fab"} < tried["magnet"]
+    assert {"gray_fgsm", "bpda_identity", "square"} < tried["defense_gan"]
+    assert not any(name.startswith(("joint", "direct", "counter", "bpda_dae")) for name in tried["magnet"])
+    assert not any(name.startswith("exact") for name in tried["defense_gan"])
 
 
 def test_what_has_fallen_leaves_the_work(classifier, few, monkeypatch):
