@@ -32,6 +32,12 @@ def test_the_table_sets_others_beside_ours():
     ]
 
 
+def test_the_table_tells_which_labels_are_kept():
+    lines = benchmark_table(pd.DataFrame([row("A", 20), row("A, bfloat16", 5) | {"labels_agree": 0.99}])).splitlines()
+    assert lines[0] == "| | n | ours, ms an image | labels kept |"
+    assert lines[2:] == ["| **mnist**, cpu | | | |", "| A | 10 | 20 | – |", "| A, bfloat16 | 10 | 5 | 0.990 |"]
+
+
 def test_a_row_replaces_that_of_the_same_measurement(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shared.files, "RESULTS", tmp_path)
     shared.keep([row("A", 50), row("B", 10)])

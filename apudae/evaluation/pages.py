@@ -129,17 +129,20 @@ def benchmark_table(rows: pd.DataFrame) -> str:
     """Times of ours and of others, in Markdown: milliseconds an image, and in brackets how many times ours.
 
     `rows`: of data/results/benchmarks.csv, the last of each data set and name; the authors' loop and the floor are of a
-    data set, "all variants" of which they stand beside.
+    data set, "all variants" of which they stand beside. "labels kept": the share that is read as after the usual form.
     """
     rows = rows.fillna({"dataset": ""}).drop_duplicates(["device", "dataset", "name", "library"], keep="last")
     others = [name for name in PEERS if name in set(rows.library)]
-    lines = [f"| | n | ours, ms an image |{''.join(f' {name} |' for name in others)}", "|---" * (3 + len(others)) + "|"]
+    agreed = ["labels kept"] if "labels_agree" in rows and rows.labels_agree.notna().any() else []
+    columns = ["", "n", "ours, ms an image", *others, *agreed]
+    lines = [f"| {' | '.join(columns)} |".replace("|  |", "| |"), "|---" * len(columns) + "|"]
     for (device, dataset), own in rows.groupby(["device", "dataset"], sort=False):
         times = own.set_index(["library", "name"]).ms_per_image
-        lines.append(f"| **{dataset}**, {device} |" + " |" * (2 + len(others)))
+        lines.append(f"| **{dataset}**, {device} |" + " |" * (len(columns) - 1))
         for row in own[own.library == "ours"].itertuples():
             beside = [times.get((other, row.name), times.get((other, "all variants"))) for other in others]
             cells = ["–" if pd.isna(each) else f"{_short(each)} ({each / row.ms_per_image:.2g} ×)" for each in beside]
+            cells += ["–" if pd.isna(row.labels_agree) else f"{row.labels_agree:.3f}" for _ in agreed]
             lines.append("| " + " | ".join([row.name, str(row.n), _short(row.ms_per_image), *cells]) + " |")
     return "\n".join(lines)
 

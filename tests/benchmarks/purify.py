@@ -11,7 +11,7 @@
 - compiled: torch.compile, at one shape.
 - bfloat16, where the processor has it: the same under torch.autocast.
 
-`labels_agree`: the share of images that the classifier reads as after A in float32, of A and B in their other forms.
+`labels_agree`, of A and B in their other forms: the share of images that are read as after fifteen steps in float32.
 Prints a table and writes rows to data/results/benchmarks.csv.
 """
 
@@ -118,7 +118,7 @@ def main(n: int = 200, repeats: int = 5) -> None:
         read = {name: predict(apudae.load_model(classifier), made[name]) for name in compared}
         for name, times in timings(others | calls, repeats).items():
             about = {"name": "all variants", "library": name} if name in others else {}
-            about |= {"labels_agree": (read[name] == read["A"]).double().mean().item()} if name in read else {}
+            about |= {"labels_agree": (read[name] == read[name[0]]).double().mean().item()} if name in read else {}
             rows.append(time_row("purify", name, times, len(attacked), dataset=scene) | about)
     keep(rows)
 
