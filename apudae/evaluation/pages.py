@@ -21,6 +21,7 @@ from .tables import PLAIN, main_table, of_study, published, with_interval
 
 FILES = ("mnist-adaptive.csv", "cifar10-jpeg.csv")
 SHOWN = 0.1
+NAMED = {"none": "no purifier", "magnet": "MagNet's reformer", "defense_gan": "Defense-GAN"}
 MARK = re.compile(r"^<!-- (?:table: (?P<table>.*?)|end of table) -->(?=[ \t\r]*$)", re.MULTILINE)
 PEERS = ("authors' loop", "foolbox", "torchattacks", "floor", "papermill")
 DEFENSE = ["dataset", "classifier", "dae", "purifier", "step_size", "steps"]
@@ -59,7 +60,7 @@ def headline() -> str:
         table = suite_table(read_results(RESULTS / name).query("split == 'test'"))
         entry = look_up(table.dataset.iloc[0])
         lines.append(f"| **{table.dataset.iloc[0]}, ε = {entry.budget.epsilon:.3g}** | | | | |")
-        place = table.purifier.str.split().str[0].map(["none", *PRESETS, "magnet", "defense_gan"].index)
+        place = table.purifier.str.split().str[0].map(["none", *PRESETS, *NAMED].index)
         foreign = (table.classifier != entry.classifier).astype(int) * 2
         foreign += ((table.dae != entry.dae) & (table.purifier != "none")).astype(int)
         table = table.iloc[(100 * foreign + place).argsort(kind="stable")]
@@ -71,11 +72,11 @@ def headline() -> str:
 
 
 def _label(line: dict, entry: object) -> str:
-    words = ["no purifier" if line["purifier"] == "none" else line["purifier"]]
+    words = [NAMED.get(line["purifier"], line["purifier"])]
     far = line["step_size"] and abs(line["step_size"] - entry.budget.step_size) > 1e-6
     words += [f"α = {line['step_size']:.2g}"] if far else []
     words += [f"n = {line['steps']:.0f}"] if line["steps"] not in (0, 15) else []
-    words += [f"`{line['dae']}`"] if line["purifier"] != "none" and line["dae"] != entry.dae else []
+    words += [f"`{line['dae']}`"] if line["purifier"] not in NAMED and line["dae"] != entry.dae else []
     words += [f"classifier `{line['classifier']}`"] if line["classifier"] != entry.classifier else []
     return ", ".join(words) + " †" * (not line["budget"])
 
