@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..autograd import Recomputed, StraightThrough, clipped, smooth_sign
 from ..batching import CACHE, in_batches
-from ..contracts import as_generator, check_images, check_known, check_modules, frozen
+from ..contracts import as_generator, check_images, check_known, check_modules, check_whole, frozen
 from ..models.autoencoders import check_output, squared_distance
 from .config import Backward, PurifyConfig, resolve_config
 from .steps import Draws, Moments, Step, affine_matrices, per_image, resampled
@@ -213,3 +213,31 @@ class Purifier(nn.Module):
         resting = before[-1].errors if before else self._errors(x)  # of images that have left the work
         filled = resting.index_put((active,), errors.detach())
         return Step(x.detach(), filled, torch.zeros_like(filled).index_put((active,), sizes.detach()))
+
+
+class MeanOfDraws(Purifier):
+    """A random `Purifier` whose image is the mean over `draws` of its noise; not in the paper (cf. Salman et al. 2020).
+
+    The first draw is that of `Purifier` with this seed.
+    """
+
+    def __init__(
+        self,
+        dae: nn.Module,
+        config: str | PurifyConfig,
+        draws: int,
+        backward: Backward = "none",
+        seed: int | torch.Generator = 0,
+    ) -> None:
+        super().__init__(dae, config, backward, seed)
+        check_whole(1, draws=draws)
+        self.draws = draws
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, draws={self.draws}"
+
+    def _purified(self, x: Tensor, ids: Tensor, seed: int, *, exact: bool, lines: list[Step] | None = None) -> Tensor:
+        drawn = super()._purified(x, ids, seed, exact=exact, lines=lines)  # the lines of the first draw
+        for number in range(1, self.draws):
+            drawn = drawn + super()._purified(x, ids, seed + number, exact=exact)
+        return drawn / self.draws

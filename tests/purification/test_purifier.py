@@ -13,6 +13,7 @@ from torch import nn
 from apudae import PRESETS, Purifier, PurifyConfig, attacks, purify, recon_error
 from apudae.evaluation.accuracy import accuracy
 from apudae.models import calibrate
+from apudae.purification import MeanOfDraws
 
 GRADIENT = PurifyConfig(steps=3, step_size=0.02, step_rule="gradient")
 SIGN = PurifyConfig(steps=3, step_size=0.01)
@@ -117,6 +118,23 @@ def test_works_where_gradients_are_off(config, mode):
     with mode():
         assert torch.equal(purify(dae, x, config), expected)
         assert torch.equal(purify(dae, x.clone(), config), expected)  # in inference mode: a tensor born there
+
+
+@pytest.mark.parametrize("config", [PurifyConfig(direct=True, noise_std=0.1), "F"])
+def test_the_mean_of_draws_is_that_of_purifiers_with_the_next_seeds(config):
+    dae, x = calibrated_dae(), images(3, 1, 8, 8, low=0.3, high=0.7)
+    mean = MeanOfDraws(dae, config, 3, seed=0)
+    ids = torch.tensor([5, 0, 7])
+    alone = [mean._next(x, ids)[0] + number for number in range(3)]
+    expected = sum(Purifier(dae, config)._purified(x, ids, seed, exact=False) for seed in alone) / 3
+    torch.testing.assert_close(mean(x, ids), expected.detach())
+    torch.testing.assert_close(mean(x[1:], ids[1:]), expected[1:].detach())
+    assert torch.equal(MeanOfDraws(dae, config, 1)(x, ids), Purifier(dae, config)(x, ids))
+    assert not torch.equal(mean(x, ids), Purifier(dae, config)(x, ids))
+    exact = MeanOfDraws(dae, config, 3, "exact")(x.requires_grad_(), ids)
+    assert torch.autograd.grad(exact.sum(), x)[0].abs().sum() > 0
+    with pytest.raises(ValueError, match="draws is 0; needed: a whole number of at least 1"):
+        MeanOfDraws(dae, config, 0)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
