@@ -218,7 +218,7 @@ class Purifier(nn.Module):
 class MeanOfDraws(Purifier):
     """A random `Purifier` whose image is the mean over `draws` of its noise; not in the paper (cf. Salman et al. 2020).
 
-    The first draw is that of `Purifier` with this seed.
+    The first draw is that of `Purifier` with this seed. ValueError for several draws of what draws nothing.
     """
 
     def __init__(
@@ -231,6 +231,10 @@ class MeanOfDraws(Purifier):
     ) -> None:
         super().__init__(dae, config, backward, seed)
         check_whole(1, draws=draws)
+        if draws > 1 and not self.config.is_random:
+            raise ValueError(
+                f"draws is {draws}, and nothing is drawn in {self.config}; needed: noise, or a random transform"
+            )
         self.draws = draws
 
     def extra_repr(self) -> str:

@@ -135,6 +135,8 @@ def test_the_mean_of_draws_is_that_of_purifiers_with_the_next_seeds(config):
     assert torch.autograd.grad(exact.sum(), x)[0].abs().sum() > 0
     with pytest.raises(ValueError, match="draws is 0; needed: a whole number of at least 1"):
         MeanOfDraws(dae, config, 0)
+    with pytest.raises(ValueError, match="nothing is drawn"):
+        MeanOfDraws(dae, "A", 2)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
