@@ -78,7 +78,7 @@ def _label(line: dict, entry: object) -> str:
     words += [f"n = {line['steps']:.0f}"] if line["steps"] not in (0, 15) else []
     words += [f"`{line['dae']}`"] if line["purifier"] not in NAMED and line["dae"] != entry.dae else []
     words += [f"classifier `{line['classifier']}`"] if line["classifier"] != entry.classifier else []
-    return ", ".join(words) + " †" * (not line["budget"])
+    return ", ".join(words) + " †" * (line["budget"] not in ("full", "double"))
 
 
 def gray_box(
