@@ -243,7 +243,7 @@ def ladder(
     gradient, `choices` draws choose an image's worst case and `verdicts` others judge it: it is right where more than
     half of these are, and leaves the work once all that choose are wrong; else all three are 1.
     A row tells what its attack and those before it leave; attacks that need more classes are left out. ValueError for
-    an image outside the ε-ball or [0, 1].
+    an image outside the ε-ball or [0, 1], and for a random `Purifier` in place of its configuration.
     With the folder `keep`, a killed run goes on where it was. `facts`, such as the names `dataset` and `classifier`,
     go into the rows.
 
@@ -257,6 +257,8 @@ def ladder(
     check_batch(classifier, x, y)
     config, budget = resolve_config(config) if isinstance(config, str) else config, resolve_budget(budget)
     facts = {"dataset": "", "classifier": ""} | facts
+    if isinstance(config, Purifier) and config.config.is_random:  # those that choose and that judge would be the same
+        raise ValueError("a random Purifier has one seed for all its draws; needed: its configuration, a PurifyConfig")
     random = config.is_random if isinstance(config, PurifyConfig) else random
     samples, choices, verdicts = (budget.samples, budget.choices, budget.verdicts) if random else (1, 1, 1)
     about = {"seed": seed, "device": x.device, "purifier_config": config if isinstance(config, PurifyConfig) else None}

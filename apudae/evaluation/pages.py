@@ -135,11 +135,11 @@ def benchmark_table(rows: pd.DataFrame) -> str:
     rows = rows.fillna({"dataset": ""}).drop_duplicates(["device", "dataset", "name", "library"], keep="last")
     others = [name for name in PEERS if name in set(rows.library)]
     agreed = ["labels kept"] if "labels_agree" in rows and rows.labels_agree.notna().any() else []
-    columns = ["", "n", "ours, ms an image", *others, *agreed]
-    lines = [f"| {' | '.join(columns)} |".replace("|  |", "| |"), "|---" * len(columns) + "|"]
+    columns = ["n", "ours, ms an image", *others, *agreed]
+    lines = [f"| | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
     for (device, dataset), own in rows.groupby(["device", "dataset"], sort=False):
         times = own.set_index(["library", "name"]).ms_per_image
-        lines.append(f"| **{dataset}**, {device} |" + " |" * (len(columns) - 1))
+        lines.append(f"| **{dataset}**, {device} |" + " |" * len(columns))
         for row in own[own.library == "ours"].itertuples():
             beside = [times.get((other, row.name), times.get((other, "all variants"))) for other in others]
             cells = ["–" if pd.isna(each) else f"{_short(each)} ({each / row.ms_per_image:.2g} ×)" for each in beside]

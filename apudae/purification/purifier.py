@@ -240,6 +240,10 @@ class MeanOfDraws(Purifier):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, draws={self.draws}"
 
+    def _next(self, x: Tensor, ids: Tensor | None) -> tuple[int, Tensor]:
+        seed, ids = super()._next(x, ids)
+        return self.seed + self.draws * (seed - self.seed), ids  # a call takes as many seeds as it has draws
+
     def _purified(self, x: Tensor, ids: Tensor, seed: int, *, exact: bool, lines: list[Step] | None = None) -> Tensor:
         drawn = super()._purified(x, ids, seed, exact=exact, lines=lines)  # the lines of the first draw
         for number in range(1, self.draws):

@@ -40,6 +40,7 @@ TINY = Budget(
     verdicts=5,
 )
 GRAY = ("fgsm", "pgd")
+RANDOM = PurifyConfig(direct=True, noise_std=0.1)
 
 
 @pytest.fixture
@@ -363,6 +364,7 @@ class Coin(nn.Module):
     ("change", "message"),
     [
         ({"config": "Z"}, "'Z' is unknown; there is: direct, A"),
+        ({"config": Purifier(nn.Identity(), RANDOM)}, "a random Purifier has one seed for all its draws"),
         ({"suite": [suite_attack("it", "pdg", epsilon=0.1)]}, "'pdg' is unknown"),
         ({"x": images(4, 1, 28, 28) * 255}, r"\[0, 1\]"),
         ({"y": torch.full((24,), 11)}, "11"),

@@ -135,6 +135,12 @@ def test_the_mean_of_draws_is_that_of_purifiers_with_the_next_seeds(config):
     assert torch.autograd.grad(exact.sum(), x)[0].abs().sum() > 0
     with pytest.raises(ValueError, match="draws is 0; needed: a whole number of at least 1"):
         MeanOfDraws(dae, config, 0)
+    seeds, calls = [], MeanOfDraws(dae, config, 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Purifier, "_purified", lambda self, x, ids, seed, **_: seeds.append(seed) or x.detach())
+        for _ in range(4):
+            calls(x.detach())
+    assert len(set(seeds)) == len(seeds) == 12, "without ids each call draws anew, and shares no draw with another"
     with pytest.raises(ValueError, match="nothing is drawn"):
         MeanOfDraws(dae, "A", 2)
 
