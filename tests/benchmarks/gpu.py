@@ -4,9 +4,9 @@
 
 A (n = 15) and *direct* after noise, with the shipped networks. Where a data set has fewer images, they come again and
 again, which costs A the same: it never rests. The floor is the operations of A's convolutions, counted, at the rate at
-which this device multiplies large matrices of the same type. Prints a table and writes rows to
-data/results/benchmarks.csv; `labels_agree`: the share of images whose label is that of float32, not compiled. On a CPU:
-`gpu.py cpu cifar10-20 20 1 1`; no photographs: 0.
+which this device multiplies large matrices of the same type: a floor on a GPU; on a CPU the library of convolutions can
+be the faster one. Prints a table and writes rows to data/results/benchmarks.csv; `labels_agree`: the share of images
+whose label is that of float32, not compiled. On a CPU: `gpu.py cpu cifar10-20 20 1 1`; no photographs: 0.
 """
 
 import sys
