@@ -7,8 +7,6 @@ import math
 import os
 import re
 import tokenize
-import types
-import typing
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,6 @@ from ..files import CHECKPOINTS, ROOT, from_root, run_folder
 from ..names import FOLDER, check_known
 
 NOTEBOOKS = ROOT / "notebooks"
-TYPES = {kind.__name__: kind for kind in (int, float, bool, str, list, dict)} | {"None": type(None)}
 FRACTION = re.compile(r"\s*([-+]?[\d.]+(?:[eE][-+]?\d+)?)\s*/\s*([\d.]+(?:[eE][-+]?\d+)?)\s*")
 
 
@@ -33,15 +30,6 @@ def sources(path: Path) -> list[tuple[list[str], str]]:
     return [(cell["metadata"].get("tags", []), "".join(cell["source"])) for cell in cells]
 
 
-def parameters_source(name: str) -> str:
-    """The source of a notebook's cell tagged "parameters". ValueError for an unknown notebook, or one without."""
-    check_known("notebook", name, notebook_names())
-    for tags, source in sources(NOTEBOOKS / f"{name}.ipynb"):
-        if "parameters" in tags:
-            return source
-    raise ValueError(f"{name} has no cell tagged 'parameters'")
-
-
 def question(path: Path) -> str:
     """The question that a notebook's first cell asks."""
     lines = sources(path)[0][1].splitlines()
@@ -49,38 +37,28 @@ def question(path: Path) -> str:
 
 
 def declared_parameters(name: str) -> dict[str, tuple[Any, str]]:
-    """Parameters of a notebook: name to (default, comment)."""
-    source, found = parameters_source(name), {}
+    """Parameters of a notebook: name to (default, comment). ValueError for an unknown notebook, or one without."""
+    check_known("notebook", name, notebook_names())
+    source = next((source for tags, source in sources(NOTEBOOKS / f"{name}.ipynb") if "parameters" in tags), None)
+    if source is None:
+        raise ValueError(f"{name} has no cell tagged 'parameters'")
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
-    for statement in ast.parse(source).body:
-        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-            found[statement.target.id] = (_value(statement.value), comments.get(statement.lineno, ""))
-    return found
-
-
-def _value(node: ast.expr | None) -> Any:
-    """A literal, or a fraction of two, such as 8 / 255."""
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
-        return ast.literal_eval(node.left) / ast.literal_eval(node.right)
-    return ast.literal_eval(node)
+    declared = [statement for statement in ast.parse(source).body if isinstance(statement, ast.AnnAssign)]
+    return {each.target.id: (ast.literal_eval(each.value), comments.get(each.lineno, "")) for each in declared}
 
 
 def check_parameters(name: str, given: dict[str, Any]) -> dict[str, Any]:
     """`given`, text turned into the notebook's types. ValueError for an unknown, ill-typed or impossible one."""
-    declared, annotations = declared_parameters(name), {}
-    for statement in ast.parse(parameters_source(name)).body:
-        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-            annotations[statement.target.id] = eval(ast.unparse(statement.annotation), {**TYPES, **vars(typing)})
-    checked = {}
+    declared, checked = declared_parameters(name), {}
     for key, value in given.items():
         check_known(f"parameter of {name}", key, declared)
         default = declared[key][0]
         try:
-            checked[key] = _as(annotations[key], value, default)
+            checked[key] = _as(type(default), value, default)
             _check_value(key, checked[key])
         except (ValueError, yaml.YAMLError) as error:
-            needed = f"{getattr(annotations[key], '__name__', annotations[key])}, as its default {default!r}"
+            needed = f"{type(default).__name__}, as its default {default!r}"
             reason = f" ({' '.join(str(error).split())})" if str(error) else ""
             raise ValueError(
                 f"parameter {key} of {name} is {value!r} ({type(value).__name__}){reason}; needed: {needed}"
@@ -88,33 +66,14 @@ def check_parameters(name: str, given: dict[str, Any]) -> dict[str, Any]:
     return checked
 
 
-def _as(kind: Any, value: Any, default: Any) -> Any:
+def _as(kind: type, value: Any, default: Any) -> Any:
     """`value` as a `kind`; text is read by that kind. ValueError if it is none."""
-    if isinstance(kind, types.UnionType):
-        for one in typing.get_args(kind):
-            try:
-                return _as(one, value, default)
-            except ValueError:
-                continue
-        raise ValueError
-    if typing.get_origin(kind) is typing.Literal:
-        if value in typing.get_args(kind):
-            return value
-        raise ValueError
-    if kind is str or not isinstance(value, str):
-        return _plain(kind, value, default)
-    if kind is int and re.fullmatch(r"[-+]?\d+", value):
-        return int(value)
-    if kind is float:
-        return _number(value)
-    return _plain(kind, yaml.load(value, _Loader), default)
-
-
-def _plain(kind: Any, value: Any, default: Any) -> Any:
-    if kind is float and type(value) is int:
-        return float(value)
     if kind is float and isinstance(value, str):
         return _number(value)
+    if kind is not str and isinstance(value, str):
+        value = yaml.load(value, _Loader)
+    if kind is float and type(value) is int:
+        return float(value)
     if type(value) is not kind:
         raise ValueError
     kinds = {type(each) for each in default} if kind is list else set()
