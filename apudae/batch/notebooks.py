@@ -19,7 +19,7 @@ from traitlets.config import Config
 from ..files import data_root, here, provenance, run_folder, written_aside
 from . import NotebookError
 from .html import page
-from .parameters import NOTEBOOKS, check_parameters, declared_parameters
+from .parameters import NOTEBOOKS, check_parameters, with_defaults
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 BAR = re.compile(r"\d+%\|.*\|")  # the last state of one, which it leaves behind
@@ -53,8 +53,7 @@ def run_notebook(
     <name>.failed.ipynb to look at; so does a kernel that dies, without it. `environment`: further variables for it.
     """
     parameters = check_parameters(name, given)
-    run = parameters.get("run", declared_parameters(name)["run"][0])
-    target = target or run_folder(run) / f"{name}.ipynb"
+    target = target or run_folder(with_defaults(name, parameters)["run"]) / f"{name}.ipynb"
     if parameters.get("device") == "cuda":
         from ..contracts import check_device  # here, as torch takes seconds, for which a CPU's notebook need not wait
 

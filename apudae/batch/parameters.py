@@ -48,6 +48,11 @@ def declared_parameters(name: str) -> dict[str, tuple[Any, str]]:
     return {each.target.id: (ast.literal_eval(each.value), comments.get(each.lineno, "")) for each in declared}
 
 
+def with_defaults(name: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Every parameter of a notebook: `given`, and the default of each that is not."""
+    return {key: default for key, (default, _) in declared_parameters(name).items()} | given
+
+
 def check_parameters(name: str, given: dict[str, Any]) -> dict[str, Any]:
     """`given`, text turned into the notebook's types. ValueError for an unknown, ill-typed or impossible one."""
     declared, checked = declared_parameters(name), {}

@@ -24,7 +24,7 @@ from ..files import RESULTS as COMMITTED
 from ..files import RUNS, here, written_aside
 from ..processes import die_with_parent
 from . import RESULTS, NotebookError
-from .parameters import declared_parameters, read_mapping
+from .parameters import read_mapping, with_defaults
 from .sweep import WORKFLOW, read_sweep
 
 PROFILES = WORKFLOW / "profiles"
@@ -128,8 +128,7 @@ def _estimate(sweep: dict[str, Any], todo: list[str], folder: Path, workers: int
         if benchmark.is_file():
             seconds[name] = float(pd.read_csv(benchmark, sep="\t").s.mean())
         elif step:
-            own = {key: default for key, (default, _) in declared_parameters(step["notebook"]).items()}
-            own |= step["parameters"]
+            own = with_defaults(step["notebook"], step["parameters"])
             each = known.get((step["notebook"], own.get("dataset"), step["gpu"] > 0))
             if each is not None:
                 seconds[name], by_rows = each * own["n"], by_rows + 1

@@ -18,7 +18,7 @@ from ..files import CHECKPOINTS, ROOT, RUNS, from_root, run_folder
 from ..names import FOLDER
 from ..purification.config import PRESETS
 from . import RESULTS
-from .parameters import NOTEBOOKS, check_parameters, declared_parameters, from_here, read_mapping
+from .parameters import NOTEBOOKS, check_parameters, declared_parameters, from_here, read_mapping, with_defaults
 
 WORKFLOW = ROOT / "workflow"
 
@@ -61,12 +61,10 @@ def _targets(steps: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
     """Where each network that is trained is written, and by which steps."""
     found: dict[str, list[str]] = {}
     for name, step in steps.items():
-        if "output" in step["declared"]:
-            given = step["parameters"]
-            network = given.get("architecture", step["declared"].get("architecture", step["notebook"]))
-            target = given.get("output") or f"data/runs/{given['run']}/{network}"
+        given = with_defaults(step["notebook"], step["parameters"])
+        if "output" in given:
+            target = given["output"] or f"data/runs/{given['run']}/{given.get('architecture', step['notebook'])}"
             found.setdefault(from_root((ROOT / target).resolve()), []).append(name)
-        step.pop("declared")
     return found
 
 
@@ -97,7 +95,7 @@ def _resolved(
     writes_rows = "results" in declared and "results" not in parameters
     if writes_rows:
         parameters["results"] = os.path.relpath(RUNS / sweep / f"{name}.csv", ROOT)
-    effective = {key: default for key, (default, _) in declared.items()} | parameters
+    effective = with_defaults(notebook, parameters)
     _check_values(effective, trained)
     cells = nbformat.read(NOTEBOOKS / f"{notebook}.ipynb", as_version=4).cells
     code = "\0".join(cell.source for cell in cells if cell.cell_type == "code")
@@ -105,7 +103,6 @@ def _resolved(
         "notebook": notebook,
         "after": step.get("after", []),
         "parameters": parameters,
-        "declared": {key: default for key, (default, _) in declared.items()},
         "writes_rows": writes_rows,
         "gpu": effective.get("processes", 1) if effective.get("device") == "cuda" else 0,  # how many
         "code": hashlib.sha256(code.encode()).hexdigest(),  # prose and outputs may change, and nothing runs again
@@ -114,7 +111,7 @@ def _resolved(
 
 def _check_values(parameters: dict[str, Any], trained: set[Path]) -> None:
     """Refuse what the notebook itself would refuse only when its turn has come."""
-    for key, names in {"split": SPLITS, "purifier": PRESETS, "device": ("cpu", "cuda")}.items():
+    for key, names in {"split": SPLITS, "purifier": PRESETS}.items():
         if key in parameters:
             check_known(key, parameters[key], names)
     for key in {"classifier", "dae"} & parameters.keys():
