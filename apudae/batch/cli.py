@@ -81,9 +81,6 @@ def main() -> None:
     """Entry point: bad input is one line and exit status 2, a failed notebook one message and exit status 1."""
     try:
         cli()
-    except (ValueError, OSError) as error:  # a full disk, a folder that may not be written: the system's own words
+    except (ValueError, OSError, NotebookError) as error:  # OSError: a full disk, …, in the system's words
         click.echo(f"apudae: {error}", err=True)
-        sys.exit(2)
-    except NotebookError as error:
-        click.echo(f"apudae: {error}", err=True)
-        sys.exit(1)
+        sys.exit(1 if isinstance(error, NotebookError) else 2)

@@ -17,7 +17,6 @@ NARROW = """<style>.jp-OutputArea-output, .formula {overflow-x: auto} .formula {
 # nbconvert's page without its scripts, which a network would have to bring
 SCRIPTS = ("requirejs", "mathjax", "mermaidjs")
 PAGE = "{% extends 'lab/index.html.j2' %}" + "".join(f"{{% block html_head_js_{x} %}}{{% endblock %}}" for x in SCRIPTS)
-TEXT_ALONE = {"exclude_input": True, "exclude_output_prompt": True}
 
 
 class _Formulas(IPythonRenderer):
@@ -28,10 +27,6 @@ class _Formulas(IPythonRenderer):
 
     def inline_math(self, body: str) -> str:
         return mathml(body)
-
-
-def _markdown(source: str) -> str:
-    return MarkdownWithMath(renderer=_Formulas(escape=False)).render(source)
 
 
 def page(notebook: nbformat.NotebookNode, library: bool | str = True, **options: Any) -> str:
@@ -47,5 +42,5 @@ def page(notebook: nbformat.NotebookNode, library: bool | str = True, **options:
                 library = False
     notebook.metadata["title"] = escape(notebook.cells[0].source.partition("\n")[0].lstrip("# "))
     exporter = HTMLExporter(raw_template=PAGE, **options)
-    exporter.register_filter("markdown2html", _markdown)
+    exporter.register_filter("markdown2html", MarkdownWithMath(renderer=_Formulas(escape=False)).render)
     return exporter.from_notebook_node(notebook)[0].replace("</head>", f"{NARROW}\n</head>", 1)

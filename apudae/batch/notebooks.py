@@ -103,16 +103,15 @@ def without_progress(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
-        for output in cell.get("outputs", []):
-            output.get("data", {}).pop(WIDGET, None)
-        streams = [output for output in cell.get("outputs", []) if output.output_type == "stream"]
-        for output in streams:
-            lines = [line.rpartition("\r")[2] for line in output.text.replace("\x1b[A", "").split("\n")]
-            output.text = "\n".join(line for line in lines if not BAR.search(line))
-        if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if output not in streams or output.text.strip()]
-            texts = [output.get("data", {}).get("text/plain", "") for output in cell.outputs]
-            cell.outputs = [o for o, text in zip(cell.outputs, texts, strict=True) if not BAR.search(text)]
+        for output in [*cell.get("outputs", [])]:
+            data = output.get("data", {})
+            data.pop(WIDGET, None)
+            if output.output_type == "stream":
+                lines = [line.rpartition("\r")[2] for line in output.text.replace("\x1b[A", "").split("\n")]
+                output.text = "\n".join(line for line in lines if not BAR.search(line))
+            silent = output.output_type == "stream" and not output.text.strip()
+            if silent or BAR.search(data.get("text/plain", "")):
+                cell.outputs.remove(output)
     nbformat.write(notebook, path)
 
 
