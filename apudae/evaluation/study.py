@@ -47,7 +47,7 @@ class Study:
         return f"{len(self.y):,} {self.names['split']} {self.noun} of {self.names['dataset']}"
 
     def run(self, attack: str, model: nn.Module, n: int | None = None, **more: Any) -> Tensor:
-        """`attack` on another `model` than the classifier, on the first `n` images, with the settings of that name."""
+        """`attack` on `model`, such as another classifier, on the first `n` images, with the settings of that name."""
         name, options = parse_spec(attack)[0], self.setting(attack) | {"keep": self.folder / "adversarial"} | more
         return run_attack(name, model, self.x[:n], self.y[:n], **{"seed": self.names["seed"]} | options)
 
@@ -66,35 +66,32 @@ class Study:
     ) -> tuple[dict[tuple[str, str], Tensor], list[dict]]:
         """`grid.purified_rows` of these images (by default all attacked ones) before this classifier."""
         attacked = self.attacked if attacked is None else attacked
-        settings = {name: self.setting(name) for name in attacked if name not in (parameters or {})} | (
-            parameters or {}
-        )
+        settings = dict(parameters or {})
+        settings |= {name: self.setting(name) for name in attacked if name not in settings}
         options = {"parameters": settings, **self.names, **options}
         return purified_rows(self.classifier, self.dae, attacked, self.y, configs, **options)
 
     def row(self, measured: Accuracy, attack: str, **facts: Any) -> dict:
         """`results.result_row` of this study."""
-        about = {"attack": parse_spec(attack)[0], "attack_parameters": facts.pop("attack_parameters", None)}
-        if about["attack_parameters"] is None:
-            about["attack_parameters"] = self.setting(attack)
-        return result_row(measured, **{"device": self.x.device, **self.names, **about, **facts})
+        if "attack_parameters" not in facts:
+            facts["attack_parameters"] = self.setting(attack)
+        about = {"device": self.x.device, "attack": parse_spec(attack)[0]}
+        return result_row(measured, **{**self.names, **about, **facts})
 
     def follow(self, config: PurifyConfig, attacks: Sequence[str], n: int) -> dict[str, list[Step]]:
         """Every step of `config` on the first `n` images under each attack, with the noise of `purified`."""
         seed = self.names["seed"]
         return {attack: trajectory(self.dae, self.attacked[attack][:n], config, seed) for attack in attacks}
 
-    def strip(
-        self, attack: str, purified: Tensor, purifier: str, count: int = 5, **between: Tensor
-    ) -> tuple[dict, dict]:
-        """For `plots.image_strip`: images that the attack changed, those first that `purified` did not save.
+    def strip(self, attack: str, purified: Tensor, purifier: str, **between: Tensor) -> tuple[dict, dict]:
+        """For `plots.image_strip`: five images that the attack changed, those first that `purified` did not save.
 
         Below each stands the true label and what the classifier reads; the last column is what is left, × 10. Images
         `between` attacked and purified ones are columns of that name.
         """
         clean, before, y = self.x[: len(purified)], self.attacked[attack][: len(purified)], self.y[: len(purified)]
         fooled, failed = (predict(self.classifier, images) != y for images in (before, purified))
-        chosen = (fooled.int() + failed.int()).argsort(descending=True, stable=True)[:count].cpu()
+        chosen = (fooled.int() + failed.int()).argsort(descending=True, stable=True)[:5].cpu()
         columns = {"clean": clean, attack.upper(): before, **between, purifier: purified}
         shown = {name: images[chosen] for name, images in columns.items()}
         read = {name: captions(self.classifier, images, self.classes) for name, images in shown.items()}
@@ -162,9 +159,8 @@ def open_study(
     `results`, relative to the repository, or to `table` in data/runs/<run>/. ValueError where something is missing.
     """
     entry, folder = look_up(dataset), run_folder(run)
-    names = {"dataset": dataset, "split": split, "classifier": classifier or entry.classifier, "dae": dae}
-    if dae is not None:
-        names["dae"] = dae or entry.dae
+    names = {"dataset": dataset, "split": split, "classifier": classifier or entry.classifier}
+    names["dae"] = entry.dae if dae == "" else dae
     for kind in ("classifier", "dae"):
         if names[kind] == "":
             raise ValueError(f"{dataset} has no {kind} of its own; give {kind}, a checkpoint's name")
@@ -237,10 +233,8 @@ def _attacked(study: Study, attack: str) -> tuple[Tensor, float]:
                 if found.shape != study.x.shape or not (found - study.x).abs().max() <= setting["epsilon"] + 1e-6:
                     raise ValueError(f"{path} is of other images; delete it, and it is made again")
                 return found, facts["seconds"]
-        keep = study.folder / "adversarial"
-        options = setting | {"seed": study.names["seed"], "keep": keep}
         with Stopwatch() as watch:
-            made = run_attack(name, study.classifier, study.x, study.y, **options)
+            made = study.run(attack, study.classifier)
         facts = {"seconds": watch.seconds / n} | {"about": {key: str(value) for key, value in about.items()}}
         save_tensors(path, {"images": made.cpu().contiguous()}, facts)
     return made, facts["seconds"]
