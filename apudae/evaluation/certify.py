@@ -40,11 +40,14 @@ def certify(
     check_whole(1, draws=draws, first=first)
     if not 0 < alpha < 1:
         raise ValueError(f"alpha is {alpha}; needed: a probability between 0 and 1")
-    lines = []
+    lines, size = [], (first + draws, *x.shape[1:])
     with torch.no_grad(), frozen(model):
         for place, (image, label) in enumerate(zip(x, y.tolist(), strict=True)):
-            noise = Draws(seed, torch.tensor([place], device="cpu")).generators[0]
-            read = in_batches(lambda noisy: model(noisy).argmax(1), _noisy(image, first + draws, noise_std, noise))
+            generator = Draws(seed, torch.tensor([place], device="cpu")).generators[0]
+            read = in_batches(
+                lambda noisy: model(noisy).argmax(1),
+                image + noise_std * torch.randn(size, generator=generator, device="cpu").to(image),
+            )
             guess = read[:first].mode().values.item()
             hits = int((read[first:] == guess).sum())
             bound = beta.ppf(alpha, hits, draws - hits + 1) if hits else 0.0
@@ -52,10 +55,6 @@ def certify(
             radius = noise_std * norm.ppf(bound) if sure else 0.0
             lines.append([label, guess if sure else ABSTAINS, radius, sure and guess == label])
     return pd.DataFrame(lines, columns=["label", "read", "radius", "right"])
-
-
-def _noisy(image: Tensor, count: int, noise_std: float, generator: torch.Generator) -> Tensor:
-    return image + noise_std * torch.randn((count, *image.shape), generator=generator, device="cpu").to(image)
 
 
 def certified_accuracy(certified: pd.DataFrame, radii: Sequence[float]) -> dict[float, Accuracy]:

@@ -106,7 +106,7 @@ def purified_rows(
                 defend = config if keep is None else _resumable(config, keep, purifier, None, fingerprint(config))
                 config = getattr(config, "config", None)
             else:
-                defend = _nothing if rest is None else Purifier(dae, rest, seed=seed)
+                defend = nn.Identity() if rest is None else Purifier(dae, rest, seed=seed)
             autocast = torch.autocast(images.device.type, torch.bfloat16, enabled=bfloat16)
             with torch.no_grad(), autocast, Stopwatch() as watch:
                 ready = purified.get((attack, start), images)
@@ -121,10 +121,6 @@ def purified_rows(
             rows[-1]["device"] += ", bfloat16" * (bfloat16 and config is not None)
             purified[attack, purifier] = result
     return purified, rows
-
-
-def _nothing(images: Tensor) -> Tensor:
-    return images
 
 
 def _gone_on_from(

@@ -165,11 +165,7 @@ def attack_suite(
         ranks = range(1, budget.targets + 1)
         return [apgd(f"{name}_target_{rank}", surrogate, steps, loss="dlr", target=rank, share=share) for rank in ranks]
 
-    def joint(name: str, low: float | None, high: float) -> SuiteAttack:
-        steps, restarts = budget.joint
-        sizes = {"low": low, "high": high, "steps": steps, "restarts": restarts}
-        return SuiteAttack(name, "with_error", "joint", ball | sizes)
-
+    joint = {"steps": budget.joint[0], "restarts": budget.joint[1]}
     steps = budget.exact[0]
     return [
         *(SuiteAttack(f"gray_{name}", "classifier", name, settings[name]) for name in gray),
@@ -183,7 +179,10 @@ def attack_suite(
             SuiteAttack(f"counter_attack_b_{beta:g}", "with_error", "counter_attack_b", bim | {"beta": beta})
             for beta in BETAS
         ),
-        *(joint(name, *bounds) for name, bounds in BOUNDS.items()),
+        *(
+            SuiteAttack(name, "with_error", "joint", ball | {"low": low, "high": high} | joint)
+            for name, (low, high) in BOUNDS.items()
+        ),
         apgd("bpda_identity", "identity", *budget.bpda),
         apgd("bpda_dae", "bpda_dae", *budget.bpda),
         apgd("bpda_trajectory", "trajectory", *budget.bpda),
@@ -336,19 +335,12 @@ def margin_paths(
     """
     config, lines = resolve_config(config), []
     models = surrogates(classifier, _purifier(dae, config, seed + ATTACKER), dae, None, 1, x[:1])
-    read = partial(
-        _read,
-        classifier,
-        dae,
-        config,
-        ids=torch.arange(len(x), device="cpu"),
-        seeds=range(seed, seed + 1),
-        batch_size=250,
-    )
+    ids = torch.arange(len(x), device="cpu")
     for name in (name for name in models if name not in ("classifier", "with_error", "black_box")):
         at = x
         for step in range(steps + 1):
-            lines.append([name, step, _margins(read(at), y).mean().item()])
+            logits = _read(classifier, dae, config, at, ids, range(seed, seed + 1), batch_size=250)
+            lines.append([name, step, _margins(logits, y).mean().item()])
             size = {"epsilon": epsilon, "step_size": 2.5 * epsilon / steps, "steps": 1}
             at = run_attack("bim", models[name], x, y, start=at, loss="margin", **size) if step < steps else at
     return pd.DataFrame(lines, columns=["surrogate", "step", "margin"])

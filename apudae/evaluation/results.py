@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
 
 import pandas as pd
 import torch
@@ -26,19 +25,8 @@ IDENTITY += ["purifier", "purifier_parameters", "seed", "device"]
 COLUMNS = [*IDENTITY, "epsilon", "steps", "step_size", "correct", "accuracy", "notebook", "command"]
 VOLATILE = ["device", "seconds", "commit", "command"]  # columns that may differ between two runs of the same
 WHOLE, REAL = ["n", "seed", "correct"], ["accuracy", "ci_low", "ci_high", "seconds"]
-MAYBE = [
-    "epsilon",
-    "position",
-    "steps",
-    "step_size",
-    "runs",
-    "mean",
-    "mean_low",
-    "mean_high",
-    "std",
-    "voted",
-    "worst_of_runs",
-]  # empty where there is none
+MAYBE = ["epsilon", "position", "steps", "step_size"]  # empty where there is none
+MAYBE += ["runs", "mean", "mean_low", "mean_high", "std", "voted", "worst_of_runs"]  # as `WorstCase.spread` has them
 
 
 def result_row(
@@ -55,7 +43,7 @@ def result_row(
     seed: int = 0,
     device: str = "cpu",
     seconds: float = 0.0,
-    kind: Literal["attack", "ladder", "worst_case", "certified"] = "attack",
+    kind: str = "attack",
     position: float = math.nan,
     notebook: str = "",
 ) -> dict:
@@ -65,6 +53,7 @@ def result_row(
     suite. "others" are the figures by other metrics than top-1, if there are any: `record` makes rows of them.
     """
     check_known("kind", kind, KINDS)
+    given = {name: "inf" if value == math.inf else value for name, value in attack_parameters.items()}  # JSON has none
     config = asdict(purifier_config) if purifier_config else {}
     steps = {} if config.get("direct") else config
     row = {
@@ -77,7 +66,7 @@ def result_row(
         "kind": kind,
         "attack": attack,
         "epsilon": float(attack_parameters.get("epsilon", math.nan)),
-        "attack_parameters": json.dumps(_without_infinity(attack_parameters), sort_keys=True),
+        "attack_parameters": json.dumps(given, sort_keys=True),
         "position": position,
         "purifier": purifier,
         "steps": steps.get("steps", math.nan),
@@ -97,10 +86,6 @@ def _figures(measured: Accuracy) -> dict:
     low, high = (round(end, 5) for end in measured.interval)
     accuracy = round(measured.value, 5)
     return {"n": measured.n, "correct": measured.correct, "accuracy": accuracy, "ci_low": low, "ci_high": high}
-
-
-def _without_infinity(parameters: dict) -> dict:
-    return {name: "inf" if value == math.inf else value for name, value in parameters.items()}  # JSON has none
 
 
 def device_name(device: str | torch.device) -> str:

@@ -19,7 +19,7 @@ def spectrum(images: Tensor, rings: int = 12) -> pd.DataFrame:
     width = 0.5**0.5 / rings
     ring = (radius / width).long().clamp_max(rings - 1)
     power = _power(images).mean(0).flatten()
-    energy = torch.zeros(rings, dtype=power.dtype, device=power.device).index_add(0, ring.flatten(), power)
+    energy = torch.bincount(ring.flatten(), power, rings)
     middle = [(index + 0.5) * width for index in range(rings)]
     return pd.DataFrame({"frequency": middle, "energy": energy.cpu()})
 
