@@ -1,7 +1,5 @@
 """The explorer: controls beside the one image that they attack and purify, live in JupyterLab."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from html import escape
 from time import perf_counter
 
@@ -87,14 +85,15 @@ class Explorer(VBox):
         return escape(self.own[0] if self.own else f"image {self.image.value} of {self.study.names['dataset']}")
 
     def _changed(self, change: Bunch) -> None:
-        """Make the scene anew, as far as this control needs it."""
+        """Make the scene anew, as far as this control needs it; tell how long it took, or why nothing is shown."""
         if self.setting:
             return
-        with self._telling():
-            control = change.owner
+        control, self.setting, started = change.owner, True, perf_counter()
+        self.message.value = "working …"
+        try:
             if control is self.dataset:
                 self._open(self.dataset.value)
-            if control is self.variant:
+            if control in (self.dataset, self.variant):
                 self.noise_std.value = PRESETS[self.variant.value].noise_std
             if control in (self.dataset, self.image):
                 self.own = None
@@ -103,14 +102,6 @@ class Explorer(VBox):
                 self.upload.value = ()
                 self.own = file.name, uploaded(file.name, bytes(file.content), self.study.x)
             self._make()
-
-    @contextmanager
-    def _telling(self) -> Iterator[None]:
-        """Say that work goes on, how long it took, or in one sentence why there is nothing to see."""
-        self.setting, started = True, perf_counter()
-        self.message.value = "working …"
-        try:
-            yield
             self.message.value = f"{self._shown}, after {1000 * (perf_counter() - started):.0f} ms"
         except (ValueError, OSError) as error:
             self.dataset.value = self.study.names["dataset"]
@@ -128,7 +119,6 @@ class Explorer(VBox):
             self.studies[dataset] = open_study(**names, dataset=dataset, n=n, device=str(self.study.x.device))
         self.study = self.studies[dataset]
         self.image.value, self.image.max = 0, len(self.study.y) - 1
-        self.noise_std.value = PRESETS[self.variant.value].noise_std
         self._budget()
 
     def _budget(self, steps: int = 0) -> None:
