@@ -117,11 +117,8 @@ def lane() -> str:
     shown = ["| notebook | steps | operations, 10¹⁵ | minutes, estimated | its longest step |", "|---|---|---|---|---|"]
     for name, row in table.iterrows():
         shown.append(f"| {name} | {row.steps:.0f} | {row.operations:.2f} | {row.minutes:.1f} | {row.longest:.1f} |")
-    most = {
-        name: _seconds(1000, *suite_operations("cifar10", name, general["steps"], target, dae, other)) / 60
-        for name in ("A", "F")
-    }
-    told = [f"{minutes:.0f} minutes of {name}" for name, minutes in most.items()]
+    most = {name: suite_operations("cifar10", name, general["steps"], target, dae, other) for name in ("A", "F")}
+    told = [f"{_seconds(1000, *costs) / 60:.0f} minutes of {name}" for name, costs in most.items()]
     return "\n".join([*shown, "", f"If every image stood to its end, the suite would take {' and '.join(told)}."])
 
 
