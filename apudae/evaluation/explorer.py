@@ -160,26 +160,24 @@ STYLE = """<style>.apudae {display: flex; gap: 12px; margin: 8px 0; line-height:
 
 def drawn(scene: Scene, step: int, study: Study, epsilon: float, truth: str) -> str:
     """HTML of a scene at one step: pictures, the path of the errors, the five best labels."""
-    x, x_adv, now = (scene.images[i] for i in (0, 1, 2 + step))
+    positions = {"clean": 0, "attacked": 1, f"step {step}": 2 + step}
+    x, x_adv, now = (scene.images[i] for i in positions.values())
+    best = {name: scene.best(i, study.classes) for name, i in positions.items()}
+    reads = {name: f"reads {next(iter(labels))}" for name, labels in best.items()}
     scale = 2 * max(epsilon, 1 / 255)
     pictures = {
         "clean": (x, truth),
-        "attacked": (x_adv, _read(scene, 1, study)),
+        "attacked": (x_adv, reads["attacked"]),
         "perturbation": (0.5 + (x_adv - x) / scale, "black to white: −ε to ε"),
-        f"step {step}": (now, _read(scene, 2 + step, study)),
+        f"step {step}": (now, reads[f"step {step}"]),
         "what is left": (0.5 + (now - x) / scale, "black to white: −ε to ε"),
     }
     figures = "".join(
         f'<figure><b>{name}</b><img src="{encoded(image)}" alt="{name}">{escape(text)}</figure>'
         for name, (image, text) in pictures.items()
     )
-    tables = {"clean": 0, "attacked": 1, f"step {step}": 2 + step}
-    labels = "".join(_labels(name, scene.best(i, study.classes)) for name, i in tables.items())
+    labels = "".join(_labels(name, shares) for name, shares in best.items())
     return f'{STYLE}<div class="apudae">{figures}</div><div class="apudae">{_path(scene, step, study)}{labels}</div>'
-
-
-def _read(scene: Scene, position: int, study: Study) -> str:
-    return f"reads {next(iter(scene.best(position, study.classes)))}"
 
 
 def _labels(name: str, best: dict[str, float]) -> str:
