@@ -308,11 +308,11 @@ def ladder(
                 save_tensors(path, worst.tensors, [rows, gains])
         bar.set_postfix(worst_case=rows[position]["accuracy"])
     epsilon = max((each.parameters.get("epsilon", 0.0) for each in chosen), default=0.0)
-    parameters = {"suite": [each.name for each in chosen], "eot_samples": samples, "epsilon": epsilon}
-    described = {"attack_parameters": parameters | {"budget": budget.name}, "kind": "worst_case"}
-    seconds = sum(row["seconds"] for row in rows)
-    total = _row(worst, attack="worst_case", seconds=seconds, **described, **about, **facts)
-    broken_by = [[*(each.name for each in chosen), ""][position] for position in worst.broken_by.tolist()]
+    names = [each.name for each in chosen]
+    parameters = {"suite": names, "eot_samples": samples, "epsilon": epsilon, "budget": budget.name}
+    described = {"attack_parameters": parameters, "seconds": sum(row["seconds"] for row in rows), "kind": "worst_case"}
+    total = _row(worst, attack="worst_case", **described, **about, **facts)
+    broken_by = [[*names, ""][position] for position in worst.broken_by.tolist()]
     record = pd.DataFrame({"label": y.tolist(), "broken_by": broken_by, "runs_right": worst.right.sum(1).tolist()})
     columns = ["attack", "tried", "margin_before", "margin", "warning"]
     return Ladder([*rows, total], record, pd.DataFrame(gains, columns=columns), worst.images)
