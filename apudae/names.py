@@ -23,8 +23,8 @@ def split_number(spec: str, what: str, example: str) -> tuple[str, float | None]
     name, mark, text = spec.partition("@")
     if not mark:
         return name, None
-    numerator, _, denominator = text.partition("/")
+    numerator, slash, denominator = text.partition("/")
     try:
-        return name, float(numerator) / float(denominator or 1)
+        return name, float(numerator) / (float(denominator) if slash else 1)
     except (ValueError, ZeroDivisionError) as error:
         raise ValueError(f"{spec!r} names no {what}; needed: such as {example}") from error

@@ -11,6 +11,7 @@ from ..purification.config import PRESETS
 from .accuracy import Accuracy
 
 PLAIN = ("none", "adversarial")  # columns of a classifier alone
+FIGURES = ["correct", "n", "accuracy", "ci_low", "ci_high"]
 
 
 def published(dataset: str) -> pd.DataFrame:
@@ -40,9 +41,15 @@ def pivot(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def with_interval(rows: pd.DataFrame) -> pd.Series:
-    """Each row's figure as text, "accuracy [low, high]"."""
-    figures = rows[["accuracy", "ci_low", "ci_high"]].astype(object).map("{:.3f}".format)  # objects: there may be none
-    return figures.accuracy + " [" + figures.ci_low + ", " + figures.ci_high + "]"
+    """Each row's figure as text, "accuracy [low, high]": of its count, as its other figures are rounded already.
+
+    The mean over the draws of a random defense is no count: there these figures are told.
+    """
+    texts = [
+        str(Accuracy(correct, n)) if abs(correct / n - value) < 1e-5 else f"{value:.3f} [{low:.3f}, {high:.3f}]"
+        for correct, n, value, low, high in zip(*(rows[name] for name in FIGURES), strict=True)
+    ]
+    return pd.Series(texts, rows.index, dtype=object)
 
 
 def of_study(
