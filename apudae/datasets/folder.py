@@ -2,6 +2,8 @@
 
 import os
 import re
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..contracts import check_whole
-from .image_files import is_grey, opened, read, size_of
+from .image_files import class_folders, is_grey, opened, read, size_of
 
 
 def path_and_size(text: str) -> tuple[Path, int | None]:
@@ -23,7 +25,7 @@ class FolderImages(Dataset):
     """Image files read from disk when they are asked for; grey only if all are grey."""
 
     def __init__(self, path: Path, split: str, image_size: int | None) -> None:
-        from torchvision.datasets import ImageFolder
+        from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
         if image_size is not None:
             check_whole(1, image_size=image_size)
@@ -35,31 +37,20 @@ class FolderImages(Dataset):
                 f"{path} has {ready[0]}/ alone; needed: both train/ and test/, or the class folders directly"
             )
         root = path / split if ready else path
-
-        class Visible(ImageFolder):
-            """No class is made of a hidden folder, such as .ipynb_checkpoints."""
-
-            def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-                names = [name for name in super().find_classes(directory)[0] if not name.startswith(".")]
-                return names, {name: label for label, name in enumerate(names)}
-
+        self.classes = class_folders(root)
+        if not self.classes:
+            raise ValueError(f"{root} is no folder of images, one folder a class: it holds no folder")
         try:
-            folder = Visible(root)
+            self.files = make_dataset(root, {name: label for label, name in enumerate(self.classes)}, IMG_EXTENSIONS)
         except FileNotFoundError as error:
             raise ValueError(f"{root} is no folder of images, one folder a class: {error}") from error
-        if ready:
-            found = [
-                sorted(f.name for f in (path / part).iterdir() if f.is_dir() and f.name[0] != ".")
-                for part in ("train", "test")
-            ]
-            if found[0] != found[1]:
-                raise ValueError(f"{path} has the classes {found[0]} in train/, {found[1]} in test/; needed: the same")
-        self.classes, self.files = folder.classes, folder.samples
+        found = [class_folders(path / part) for part in ready]
+        if ready and found[0] != found[1]:
+            raise ValueError(f"{path} has the classes {found[0]} in train/, {found[1]} in test/; needed: the same")
         self._examine(root, image_size)
         if not ready:
-            of_class = {label: [s for s in folder.samples if s[1] == label] for label in range(len(self.classes))}
-            is_test = {file: i % 5 == 0 for samples in of_class.values() for i, (file, _) in enumerate(samples)}
-            self.files = [sample for sample in folder.samples if is_test[sample[0]] == (split == "test")]
+            numbered = (pair for _, of_class in groupby(self.files, itemgetter(1)) for pair in enumerate(of_class))
+            self.files = [sample for i, sample in numbered if (i % 5 == 0) == (split == "test")]
         if not self.files:
             raise ValueError(f"{root} has too few images for a {split} split; needed: at least 2 a class")
         self.labels = torch.tensor([label for _, label in self.files], device="cpu")

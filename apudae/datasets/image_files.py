@@ -13,6 +13,11 @@ def image_files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.glob("*") if file.suffix.lower() in ENDINGS)
 
 
+def class_folders(folder: Path) -> list[str]:
+    """The names of the folders in `folder`, sorted, without hidden ones, such as .ipynb_checkpoints."""
+    return sorted(part.name for part in folder.iterdir() if part.is_dir() and part.name[0] != ".")
+
+
 def read(file: str | Path, mode: str = "RGB") -> Image.Image:
     """The image in `file`, 8 bits a channel, in Pillow's `mode`. ValueError, naming the file, if it is broken."""
     with opened(file) as image:

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, Subset
 
 from ..contracts import check_whole, imported
 from ..files import data_root
-from .image_files import image_files, read
+from .image_files import class_folders, image_files, read
 from .small import TensorImages
 
 IMAGE_SIZE = 224  # of the networks for ImageNet
@@ -86,7 +86,7 @@ def imagenet(folder: Path, size: int = IMAGE_SIZE, skip_broken: bool = False) ->
     needed = "needed: ImageNet's photographs, a folder for each class named by its WordNet id (n01440764, …)"
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder; {needed}; APUDAE_DATA says where data sets lie")
-    found = sorted(found.name for found in folder.iterdir() if found.is_dir() and found.name[0] != ".")
+    found = class_folders(folder)
     strange = [name for name in found if name not in ids]
     if strange:
         raise ValueError(f"{folder} has {len(strange)} folders of no ImageNet class ({strange[0]}, …); {needed}")
