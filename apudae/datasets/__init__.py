@@ -73,15 +73,13 @@ def _photographs(below: dict[str, str], name: str, split: str, size: int | None,
 
 
 # paper: sections 3.1 to 3.3; ImageNet: ε = 8/255 in section 3.3, 5/255 and 25/255 in Table 2
-DIGIT_BUDGET = Budget(0.1, 0.01)
-COLOUR_BUDGET = Budget(8 / 255, 1 / 255)
-PHOTOGRAPH_BUDGET = Budget(8 / 255, 1 / 255, (5 / 255, 25 / 255))
-_MNIST = {"classes": tuple(DIGITS), "noun": "digits", "budget": DIGIT_BUDGET, "published": "mnist"}
+_MNIST = {"classes": tuple(DIGITS), "noun": "digits", "budget": Budget(0.1, 0.01), "published": "mnist"}
 _MNIST |= {"classifier": "mnist/classifier", "dae": "mnist/dae", "other": "mnist/cnn"}
-_CIFAR10 = {"classes": tuple(CIFAR10_CLASSES), "budget": COLOUR_BUDGET, "published": "cifar10"}
+_CIFAR10 = {"classes": tuple(CIFAR10_CLASSES), "budget": Budget(8 / 255, 1 / 255), "published": "cifar10"}
 _CIFAR10 |= {"classifier": "cifar10/resnet18", "dae": "cifar10-jpeg/residual_unet_05", "other": "cifar10-jpeg/resnet8"}
-_IMAGENET = {"noun": "photographs", "budget": PHOTOGRAPH_BUDGET, "published": "imagenet"}
+_IMAGENET = {"budget": Budget(8 / 255, 1 / 255, (5 / 255, 25 / 255)), "noun": "photographs", "published": "imagenet"}
 _IMAGENET |= {"classifier": "imagenet/efficientnet_lite0", "dae": "imagenet/unet", "calibrated_on": "bsds500"}
+_BSDS500 = {"classes": ("photograph",), "noun": "photographs", "dae": "imagenet/unet"}
 
 DATASETS: dict[str, Entry] = {
     "mnist5k": Entry(_small(mnist5k), **_MNIST),
@@ -92,13 +90,7 @@ DATASETS: dict[str, Entry] = {
     "imagenet": Entry(partial(_photographs, {"train": "train", "test": "val"}, "imagenet"), **_IMAGENET),
     "imagenet-sample": Entry(partial(_photographs, {"test": ""}, "imagenet-sample"), ("test",), **_IMAGENET),
     "photographs": Entry(lambda split, size, _: examples(size or IMAGE_SIZE), ("test",), **_IMAGENET),
-    "bsds500": Entry(
-        lambda split, size, _: bsds500(split, size or IMAGE_SIZE),
-        SPLITS,
-        ("photograph",),
-        "photographs",
-        dae="imagenet/unet",
-    ),
+    "bsds500": Entry(lambda split, size, _: bsds500(split, size or IMAGE_SIZE), SPLITS, **_BSDS500),
 }
 
 
