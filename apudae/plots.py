@@ -20,6 +20,7 @@ from torch import Tensor
 # Okabe and Ito (2008): told apart by readers with any kind of colour vision
 PALETTE = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000", "#999999"]
 WIDTH = 820  # of a figure at most, in pixels: what a cell of JupyterLab and a page of GitHub show
+BARS = {"error_y": "above", "error_y_minus": "below"}  # columns that `_with_bars` adds
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
 
@@ -84,15 +85,17 @@ def encoded(image: Tensor) -> str:
     return f"data:image/{kind.lower()};base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
+def _with_bars(rows: pd.DataFrame, value: str = "accuracy", low: str = "ci_low", high: str = "ci_high") -> pd.DataFrame:
+    return rows.assign(above=rows[high] - rows[value], below=rows[value] - rows[low])
+
+
 def accuracy_bars(rows: pd.DataFrame, title: str) -> go.Figure:
     """Grouped bars: accuracy for each attack, one colour a purifier, with 95 % intervals.
 
     `rows` has the columns attack, purifier, accuracy, ci_low, ci_high of `data/results/*.csv`.
     """
-    drawn = rows.assign(above=rows.ci_high - rows.accuracy, below=rows.accuracy - rows.ci_low)
-    figure = px.bar(
-        drawn, x="attack", y="accuracy", color="purifier", barmode="group", error_y="above", error_y_minus="below"
-    )
+    drawn = _with_bars(rows)
+    figure = px.bar(drawn, x="attack", y="accuracy", color="purifier", barmode="group", **BARS)
     figure.update_yaxes(title="accuracy (share of images), 95 % interval", range=[0, 1.02])
     return figure.update_xaxes(title="attack").update_layout(title=title, legend_title="purifier")
 
@@ -104,9 +107,9 @@ def accuracy_curves(
 
     With the column `panel`, a panel with an x axis of its own for each of its values, two in a row.
     """
-    drawn = rows.assign(above=rows.ci_high - rows.accuracy, below=rows.accuracy - rows.ci_low)
+    drawn = _with_bars(rows)
     marks = {"color": colour, "symbol": colour, "markers": True, "facet_col": panel, "facet_col_wrap": 2}
-    figure = px.line(drawn, x=x, y="accuracy", error_y="above", error_y_minus="below", **marks, facet_row_spacing=0.12)
+    figure = px.line(drawn, x=x, y="accuracy", **BARS, **marks, facet_row_spacing=0.12)
     names = list(dict.fromkeys(trace.name for trace in figure.data))
     for trace in figure.data:  # a colour that comes again is dashed
         trace.line.dash = "dash" if names.index(trace.name) >= len(PALETTE) else None
@@ -120,16 +123,8 @@ def accuracy_curves(
 
 def accuracy_cost(rows: pd.DataFrame, title: str) -> go.Figure:
     """Accuracy against the column milliseconds (of an image), a point for each purifier, with 95 % intervals."""
-    drawn = rows.assign(above=rows.ci_high - rows.accuracy, below=rows.accuracy - rows.ci_low)
-    figure = px.scatter(
-        drawn,
-        x="milliseconds",
-        y="accuracy",
-        color="purifier",
-        symbol="purifier",
-        error_y="above",
-        error_y_minus="below",
-    )
+    drawn = _with_bars(rows)
+    figure = px.scatter(drawn, x="milliseconds", y="accuracy", color="purifier", symbol="purifier", **BARS)
     figure.update_traces(marker_size=10).update_xaxes(type="log", title="milliseconds an image", exponentformat="power")
     figure.update_yaxes(title="accuracy (share of images), 95 % interval", range=[0, 1.02])
     return figure.update_layout(title=title, legend_title="defense")
@@ -140,9 +135,8 @@ def error_paths(rows: pd.DataFrame, title: str, recon_mu: float) -> go.Figure:
 
     `rows` has the columns images, step, median, low, high.
     """
-    drawn = rows.assign(above=rows["high"] - rows["median"], below=rows["median"] - rows["low"])
-    errors = {"error_y": "above", "error_y_minus": "below"}
-    figure = px.line(drawn, x="step", y="median", color="images", symbol="images", markers=True, **errors)
+    drawn = _with_bars(rows, "median", "low", "high")
+    figure = px.line(drawn, x="step", y="median", color="images", symbol="images", markers=True, **BARS)
     figure.add_hline(y=recon_mu, line_dash="dot", annotation_text="μ", annotation_position="bottom right")
     figure.update_yaxes(title="reconstruction error, median and quartiles", rangemode="tozero")
     return figure.update_xaxes(title="iteration i").update_layout(title=title)
