@@ -112,7 +112,7 @@ class Purifier(nn.Module):
             return x
         draws = Draws(seed, ids) if config.is_random else None
         if config.direct:
-            seen = x if draws is None else x + config.noise_std * draws.normal(x)
+            seen = x if draws is None else x + config.noise_std * draws.drawn(torch.randn, *x.shape[1:]).to(x)
             return check_output(x, self._reconstructed(seen)).clamp(0, 1)
         if config.transforms:  # G: X_pur,0 = t(X_adv, f, θ)
             chance = draws if config.random_transform else None
@@ -204,10 +204,10 @@ class Purifier(nn.Module):
 
     def _noisy(self, x: Tensor, draws: Draws) -> Tensor:
         if self.config.noise_rule == "normal":
-            return clipped(x + self.config.noise_std * draws.normal(x))
+            return clipped(x + self.config.noise_std * draws.drawn(torch.randn, *x.shape[1:]).to(x))
         above = (self._errors(x.detach()) - self.dae.recon_mu) / self.dae.recon_sigma
         scale = self.config.noise_std * per_image(above.clamp(0, 1))
-        return clipped(x + scale * (2 * draws.uniform(x) - 1))
+        return clipped(x + scale * (2 * draws.drawn(torch.rand, *x.shape[1:]).to(x) - 1))
 
     def _line(self, x: Tensor, active: Tensor, errors: Tensor, sizes: Tensor, before: list[Step]) -> Step:
         resting = before[-1].errors if before else self._errors(x)  # of images that have left the work

@@ -1,6 +1,7 @@
 """Parts of a purification step: randomness for each image, G's transform, Adam's moments."""
 
 import hashlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -26,13 +27,9 @@ class Draws:
         words = [hashlib.blake2b(f"{seed},{image}".encode(), digest_size=7) for image in ids.tolist()]
         self.generators = [torch.Generator("cpu").manual_seed(int(word.hexdigest(), 16)) for word in words]
 
-    def normal(self, x: Tensor) -> Tensor:
-        """N(0, 1) in the shape of `x`."""
-        return torch.stack([torch.randn(x.shape[1:], generator=each, device="cpu") for each in self.generators]).to(x)
-
-    def uniform(self, x: Tensor) -> Tensor:
-        """U[0, 1] in the shape of `x`."""
-        return torch.stack([torch.rand(x.shape[1:], generator=each, device="cpu") for each in self.generators]).to(x)
+    def drawn(self, draw: Callable[..., Tensor], *shape: int) -> Tensor:
+        """What `draw` (torch.rand, torch.randn) gives in that shape for each image: (n, *shape), on the CPU."""
+        return torch.stack([draw(shape, generator=each, device="cpu") for each in self.generators])
 
 
 def affine_matrices(x: Tensor, resize: float, rotation: float, draws: Draws | None) -> Tensor:
@@ -42,7 +39,7 @@ def affine_matrices(x: Tensor, resize: float, rotation: float, draws: Draws | No
     """
     share = torch.ones(len(x), 2, device="cpu")
     if draws is not None:
-        share = 2 * torch.stack([torch.rand(2, generator=each, device="cpu") for each in draws.generators]) - 1
+        share = 2 * draws.drawn(torch.rand, 2) - 1
     factor = 1 + share[:, 0] * (resize - 1)
     angle = torch.deg2rad(share[:, 1] * rotation)
     cosine, sine = angle.cos() / factor, angle.sin() / factor  # the grid looks up where a pixel comes from
