@@ -35,11 +35,16 @@ def check_attack(
     check_loss(loss, check_batch(model, x, y), y, target)
     if steps is not None:
         check_whole(1, steps=steps)
-    for name, value in positive.items():
+    check_positive(**positive)
+    return x.detach()
+
+
+def check_positive(**values: float) -> None:
+    """Raise ValueError for the first named value that is no finite number or is not above 0."""
+    for name, value in values.items():
         check_at_least(0, **{name: value})
         if value == 0:
             raise ValueError(f"{name} is 0; needed: a positive number")
-    return x.detach()
 
 
 def check_start(start: Tensor | None, x: Tensor, epsilon: float, norm: str = "linf") -> Tensor:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from ..batching import progress
 from ..contracts import check_at_least, check_whole, frozen
 from ..models.classifiers import margin
-from .common import check_attack, gradient_of, project, require_gradient
+from .common import check_attack, check_positive, gradient_of, project, require_gradient
 
 
 def cw(
@@ -30,17 +30,8 @@ def cw(
     `target` (n,), to fool is to be taken for that class.
     """
     # paper: DeepRobust's parameters; here: its MNIST learning rate 5e-3, because its general 1e-5 does not move
-    x = check_attack(
-        model,
-        x,
-        y,
-        epsilon=epsilon,
-        steps=steps,
-        unclipped=True,
-        target=target,
-        learning_rate=learning_rate,
-        initial_c=initial_c,
-    )
+    x = check_attack(model, x, y, epsilon=epsilon, steps=steps, unclipped=True, target=target)
+    check_positive(learning_rate=learning_rate, initial_c=initial_c)
     check_whole(1, search_steps=search_steps)
     check_at_least(0, confidence=confidence)
     low, high = torch.zeros_like(x[:, 0, 0, 0]), torch.full_like(x[:, 0, 0, 0], torch.inf)
