@@ -166,3 +166,8 @@ def as_generator(seed: int | torch.Generator) -> torch.Generator:
         return seed
     check_whole(0, seed=seed)
     return torch.Generator("cpu").manual_seed(seed)
+
+
+def drawn_seed(seed: int | torch.Generator) -> int:
+    """A whole number below 2³¹ that `seed`, or the generator given, decides."""
+    return int(torch.randint(2**31, (1,), generator=as_generator(seed), device="cpu"))

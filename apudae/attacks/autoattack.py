@@ -10,11 +10,9 @@ from pyautoattack import AutoAttack
 from pyautoattack.autopgd_base import APGDAttack
 from torch import Tensor, nn
 
-from ..contracts import as_generator, check_known, check_logits, check_whole, frozen
-from .common import Norm, check_attack, check_start, project
+from ..contracts import check_known, check_logits, check_whole, drawn_seed, frozen
+from .common import Norm, check_attack, check_start, finite, project
 from .losses import LOSSES
-
-VERSIONS = ("standard", "rand")
 
 
 def autoattack(
@@ -32,7 +30,7 @@ def autoattack(
     three ("rand" refuses it). Images that no attack fools come back unchanged. The global random state of torch is as
     before.
     """
-    check_known("version", version, VERSIONS)
+    check_known("version", version, ("standard", "rand"))
     return _run(model, x, y, epsilon, seed, version=version)
 
 
@@ -77,7 +75,7 @@ def _with_finite_gradient(x: Tensor) -> Tensor:
     """`x`; on the way back 0 where the gradient is no finite number, as `common.gradient_of` has it."""
     x = x.clone()
     if x.requires_grad:
-        x.register_hook(lambda gradient: torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0))
+        x.register_hook(finite)
     return x
 
 
@@ -103,7 +101,7 @@ def apgd(
     """
     x = check_attack(model, x, y, epsilon=epsilon, steps=steps, loss=loss, target=target, norm=norm)
     check_whole(1, restarts=restarts)
-    begin, number = None if start is None else check_start(start, x, epsilon, norm), _as_integer(seed)
+    begin, number = None if start is None else check_start(start, x, epsilon, norm), drawn_seed(seed)
     if epsilon == 0:
         return x.clone()
     logger = logging.getLogger("apgd")
@@ -145,7 +143,7 @@ def _run(
     classes = check_logits(model, x[:1], needed=4 if choice["version"] == "rand" else 2)
     if choice["version"] == "standard" and classes < 4:
         choice = {"version": "custom", "attacks": ["apgd-ce", "fab-t", "square"]}
-    number = _as_integer(seed)
+    number = drawn_seed(seed)
     if epsilon == 0:
         return x.clone()
     with frozen(model), torch.random.fork_rng():
@@ -156,7 +154,3 @@ def _run(
         attack.fab.n_iter = steps
         adversarial, _ = attack.run_standard_evaluation(x, y, batch_size=len(x))
     return project(adversarial, x, epsilon)
-
-
-def _as_integer(seed: int | torch.Generator) -> int:
-    return int(torch.randint(2**31, (1,), generator=as_generator(seed), device="cpu"))

@@ -1,7 +1,6 @@
 """What attacks share: their checks, the projection to the ε-ball, gradients of the input alone."""
 
 import math
-import warnings
 from typing import Literal, get_args
 
 import torch
@@ -87,24 +86,15 @@ def uniform(x: Tensor, epsilon: float, seed: int | torch.Generator, norm: str = 
     return (epsilon * radius * direction / lengths(direction)).to(x)
 
 
-def normal_sign(x: Tensor, seed: int | torch.Generator) -> Tensor:
-    """The sign of N(0, 1) noise in the shape of `x`."""
-    return (torch.rand(x.shape, generator=as_generator(seed), device="cpu") - 0.5).sign().to(x)
-
-
 def gradient_of(loss: Tensor, x: Tensor, *, retain_graph: bool = False) -> Tensor:
     """The gradient of `loss`, 0 where it is no finite number, so that no image becomes NaN."""
     require_gradient(loss)
-    found = torch.autograd.grad(loss, x, retain_graph=retain_graph)[0]
-    return torch.nan_to_num(found, nan=0.0, posinf=0.0, neginf=0.0)
+    return finite(torch.autograd.grad(loss, x, retain_graph=retain_graph)[0])
 
 
-def warn_of_zeros(gradient: Tensor) -> None:
-    """A warning, with their share, of images whose whole gradient is exactly zero: no step can move them."""
-    share = (gradient.flatten(1).abs().amax(1) == 0).double().mean().item()
-    if share > 0.05:
-        text = f"{share:.0%} of the images have a gradient of exactly zero, so that this attack cannot move them"
-        warnings.warn(f'{text}; a loss that does not vanish may: attacks.apgd(…, loss="dlr")', stacklevel=4)
+def finite(gradient: Tensor) -> Tensor:
+    """`gradient`, 0 where it is no finite number."""
+    return torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def require_gradient(output: Tensor) -> None:

@@ -3,22 +3,13 @@
 `loss` is one of `losses.LOSSES`; with `target` (n,), each image is moved towards that class.
 """
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 
 from ..contracts import as_generator, check_whole, frozen
-from .common import (
-    Norm,
-    check_attack,
-    check_start,
-    default_steps,
-    gradient_of,
-    lengths,
-    normal_sign,
-    project,
-    uniform,
-    warn_of_zeros,
-)
+from .common import Norm, check_attack, check_start, default_steps, gradient_of, lengths, project, uniform
 from .losses import LOSSES
 
 
@@ -41,7 +32,7 @@ def r_fgsm(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float, seed: int 
     """FGSM after a random step: x + ε/2·sign(noise), then FGSM of the other half (Tramèr et al. 2018)."""
     x = check_attack(model, x, y, epsilon=epsilon)
     # paper: not defined; here: Tramèr et al. with α = ε/2, total ε, because the authors' script leaves the ball
-    start = (x + epsilon / 2 * normal_sign(x, seed)).clamp(0, 1)
+    start = (x + epsilon / 2 * uniform(x, 1, seed).sign()).clamp(0, 1)
     with frozen(model):
         return iterate(model, x, y, start, epsilon, epsilon / 2, 1)
 
@@ -124,7 +115,15 @@ def iterate(
             total = LOSSES[loss](model(at), y, target).sum()
         gradient = gradient_of(total, at)
         if step == 0:
-            warn_of_zeros(gradient)
+            _warn_of_zeros(gradient)
         direction = gradient.sign() if norm == "linf" else gradient / lengths(gradient)
         at = project(at.detach() + step_size * direction, x, epsilon, norm)
     return at
+
+
+def _warn_of_zeros(gradient: Tensor) -> None:
+    """A warning, with their share, of images whose whole gradient is exactly zero: no step can move them."""
+    share = (gradient.flatten(1).abs().amax(1) == 0).double().mean().item()
+    if share > 0.05:
+        text = f"{share:.0%} of the images have a gradient of exactly zero, so that this attack cannot move them"
+        warnings.warn(f'{text}; a loss that does not vanish may: attacks.apgd(…, loss="dlr")', stacklevel=4)

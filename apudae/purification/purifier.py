@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..autograd import Recomputed, StraightThrough, clipped, smooth_sign
 from ..batching import CACHE, in_batches
-from ..contracts import as_generator, check_images, check_known, check_modules, check_whole, frozen
+from ..contracts import check_images, check_known, check_modules, check_whole, drawn_seed, frozen
 from ..models.autoencoders import check_output, squared_distance
 from .config import Backward, PurifyConfig, resolve_config
 from .steps import Draws, Moments, Step, affine_matrices, per_image, resampled
@@ -58,11 +58,9 @@ class Purifier(nn.Module):
         check_modules(dae)
         check_known("backward", backward, get_args(Backward))
         self.dae, self.config, self.backward = dae, resolve_config(config), backward
-        self.seed, self.calls = int(torch.randint(2**31, (1,), generator=as_generator(seed), device="cpu")), 0
-        known = (
-            math.isfinite(getattr(dae, "recon_mu", math.nan)) and 0 < getattr(dae, "recon_sigma", math.nan) < math.inf
-        )
-        if self.config.calibrated and not known:
+        self.seed, self.calls = drawn_seed(seed), 0
+        mu, sigma = (getattr(dae, name, math.nan) for name in ("recon_mu", "recon_sigma"))
+        if self.config.calibrated and not (math.isfinite(mu) and 0 < sigma < math.inf):
             raise ValueError(
                 f"a purifier with {self.config.loss!r}, {self.config.schedule!r} and {self.config.noise_rule!r} (loss, "
                 "schedule, noise_rule) needs μ and σ of the reconstruction error, and this autoencoder has none; "
@@ -199,7 +197,7 @@ class Purifier(nn.Module):
             return smooth_sign(gradients) if exact else gradients.sign()
         if self.config.step_rule == "l2":
             norm = per_image(gradients.flatten(1).norm(dim=1)).clamp_min(torch.finfo(gradients.dtype).tiny)
-            return gradients / norm * math.sqrt(gradients[0].numel()) if len(gradients) else gradients
+            return gradients / norm * math.sqrt(gradients.shape[1:].numel())
         return moments.updated(gradients, moving)
 
     def _noisy(self, x: Tensor, draws: Draws) -> Tensor:
