@@ -94,8 +94,7 @@ def joint(
     highest = -least
     with frozen(model):
         for run in range(restarts):
-            cold = x if run == 0 else (x + uniform(x, epsilon, generator)).clamp(0, 1)
-            at = check_start(start, x, epsilon) if start is not None and run == 0 else cold
+            at = (x + uniform(x, epsilon, generator)).clamp(0, 1) if run > 0 else check_start(start, x, epsilon)
             multiplier, velocity = torch.ones_like(x[:, :1, :1, :1]), torch.zeros_like(x)
             for step in range(steps + 1):
                 at = at.detach().requires_grad_()
