@@ -19,20 +19,17 @@ def cross_entropy(logits: Tensor, y: Tensor, target: Tensor | None) -> Tensor:
 
 def negative_margin(logits: Tensor, y: Tensor, target: Tensor | None) -> Tensor:
     """max z_other − z_y, or z_target − z_y (Carlini and Wagner 2017): it does not vanish where a classifier is sure."""
-    return -margin(logits, y) if target is None else _above(logits, y, target)
+    if target is None:
+        return -margin(logits, y)
+    rows = torch.arange(len(y), device=y.device)
+    return logits[rows, target] - logits[rows, y]
 
 
 def difference_of_logits_ratio(logits: Tensor, y: Tensor, target: Tensor | None) -> Tensor:
     """The margin over the spread of the largest logits (Croce and Hein 2020): the logits' scale does not matter."""
     largest = logits.sort(1, descending=True).values
-    if target is None:
-        return -margin(logits, y) / (largest[:, 0] - largest[:, 2] + 1e-12)
-    return _above(logits, y, target) / (largest[:, 0] - (largest[:, 2] + largest[:, 3]) / 2 + 1e-12)
-
-
-def _above(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
-    rows = torch.arange(len(y), device=y.device)
-    return logits[rows, target] - logits[rows, y]
+    low = largest[:, 2] if target is None else (largest[:, 2] + largest[:, 3]) / 2
+    return negative_margin(logits, y, target) / (largest[:, 0] - low + 1e-12)
 
 
 LOSSES: dict[str, Callable[..., Tensor]] = {  # of logits, labels and targets
