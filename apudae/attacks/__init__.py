@@ -3,7 +3,7 @@
 Every attack keeps |x_adv − x| ≤ `epsilon` per pixel and x_adv in [0, 1] (up to one rounding of the images' dtype),
 leaves the model's weights, gradients and mode alone, keeps device and dtype, and raises ValueError for input that
 breaks the contracts of `apudae`. Only gradients of the input are computed. `seed` is an integer or a CPU
-`torch.Generator`. Another attack: a function in a module of this folder, and its line in `ATTACKS`.
+`torch.Generator`. Another attack: a function in a module of this folder, and its name in `ATTACKS`.
 """
 
 from collections.abc import Callable, Iterable
@@ -21,19 +21,8 @@ from .gradient_sign import bim, fgsm, pgd, r_fgsm, random
 from .minimum_norm import cw, deepfool
 
 ATTACKS: dict[str, Callable[..., Tensor]] = {
-    "random": random,
-    "fgsm": fgsm,
-    "r_fgsm": r_fgsm,
-    "bim": bim,
-    "pgd": pgd,
-    "cw": cw,
-    "deepfool": deepfool,
-    "autoattack": autoattack,
-    "square": square,
-    "apgd": apgd,
-    "fab": fab,
-    "counter_attack_b": counter_attack_b,
-    "joint": joint,
+    attack.__name__: attack
+    for attack in (random, fgsm, r_fgsm, bim, pgd, cw, deepfool, autoattack, square, apgd, fab, counter_attack_b, joint)
 }
 
 # paper: parameters of CW and DeepFool not said; here: DeepRobust's, which the paper used, but for CW's learning rate
