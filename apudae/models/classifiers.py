@@ -30,19 +30,17 @@ class Normalize(nn.Module):
         return (x - self.mean) / self.std
 
 
+def _perceptron(*features: int) -> list[nn.Module]:
+    """Linear layers of so many features, ReLU between them, on what is flattened first."""
+    layers = [part for sizes in pairwise(features) for part in (nn.Linear(*sizes), nn.ReLU())]
+    return [nn.Flatten(), *layers[:-1]]
+
+
 class MLP(nn.Sequential):
     """784–300–100–10 perceptron for 28×28 grey digits: the target network, about as easy to attack as the paper's."""
 
     def __init__(self) -> None:
-        super().__init__(
-            Normalize((MNIST_MEAN,), (MNIST_STD,)),
-            nn.Flatten(),
-            nn.Linear(784, 300),
-            nn.ReLU(),
-            nn.Linear(300, 100),
-            nn.ReLU(),
-            nn.Linear(100, 10),
-        )
+        super().__init__(Normalize((MNIST_MEAN,), (MNIST_STD,)), *_perceptron(784, 300, 100, 10))
         self.architecture = {"name": "mlp"}
 
 
@@ -58,10 +56,7 @@ class CNN(nn.Sequential):
             nn.Conv2d(16, 32, 5, padding=2),
             nn.ReLU(),
             nn.MaxPool2d(2),
-            nn.Flatten(),
-            nn.Linear(32 * 7 * 7, 100),
-            nn.ReLU(),
-            nn.Linear(100, 10),
+            *_perceptron(32 * 7 * 7, 100, 10),
         )
         self.architecture = {"name": "cnn"}
 
@@ -80,10 +75,7 @@ class StridedCNN(nn.Sequential):
             nn.ReLU(),
             nn.Conv2d(width, 2 * width, 4, 2, 1),
             nn.ReLU(),
-            nn.Flatten(),
-            nn.Linear(2 * width * 7 * 7, 100),
-            nn.ReLU(),
-            nn.Linear(100, 10),
+            *_perceptron(2 * width * 7 * 7, 100, 10),
         )
         self.architecture = {"name": "strided_cnn", "width": width}
 
