@@ -3,7 +3,6 @@
 Networks of others (`models.pretrained`) have the same entrance; of their files only tensors are read.
 """
 
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from .baselines.defense_gan import Generator
 from .baselines.magnet import MagNet
 from .contracts import check_device, check_known
-from .files import CHECKPOINTS, ROOT, provenance, written_aside
+from .files import CHECKPOINTS, ROOT, digest, provenance, written_aside
 from .models.autoencoders import DAE, FFDNet, ResidualUNet, UNet
 from .models.classifiers import CNN, MLP, ResNet, ResNet8, StridedCNN
 from .models.pretrained import PRETRAINED, ResNet14, is_pretrained, pretrained
@@ -45,7 +44,7 @@ def save_model(path: str | Path, model: nn.Module, *, half: bool = False, **fact
         weights |= {name: weights[name].half() for name, _ in model.named_parameters()}
     with written_aside(_file(path, "safetensors")) as aside, written_aside(_file(path, "json")) as sidecar:
         save_file(weights, aside)
-        described = {"architecture": model.architecture, "sha256": _sha256(aside), **facts, **provenance()}
+        described = {"architecture": model.architecture, "sha256": digest(aside), **facts, **provenance()}
         sidecar.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
 
@@ -70,7 +69,7 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> nn.Modul
     described, weights = _read_sidecar(_file(path, "json")), _file(path, "safetensors")
     if not weights.is_file():
         raise ValueError(f"{weights} is missing beside its JSON file; restore it (git checkout) or train it again")
-    if _sha256(weights) != described["sha256"]:
+    if digest(weights) != described["sha256"]:
         raise ValueError(
             f"{weights} is not the file its JSON file describes (SHA-256 differs: truncated or changed); "
             "restore it (git checkout) or train it again"
@@ -135,7 +134,3 @@ def describe_checkpoint(name: str) -> dict[str, Any]:
     """The JSON file of checkpoint `name`: architecture, data, recipe, metrics, training curve, commit."""
     check_known("checkpoint", name, checkpoint_names())
     return _read_sidecar(_file(CHECKPOINTS / name, "json"))
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -88,6 +88,12 @@ def locked(path: Path) -> Iterator[None]:
         os.close(handle)
 
 
+def digest(path: Path, kind: str = "sha256") -> str:
+    """The checksum of a file's content, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, kind).hexdigest()
+
+
 def save_tensors(path: Path, tensors: "dict[str, Tensor]", settings: Any) -> None:
     """Write named tensors, with the settings that made them, for a later notebook to read."""
     from safetensors.torch import save_file

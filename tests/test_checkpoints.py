@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from apudae import load_model
-from apudae.checkpoints import ARCHITECTURES, _sha256, checkpoint_names, describe_checkpoint, save_model
-from apudae.files import CHECKPOINTS, ROOT
+from apudae.checkpoints import ARCHITECTURES, checkpoint_names, describe_checkpoint, save_model
+from apudae.files import CHECKPOINTS, ROOT, digest
 from apudae.models import CNN, MLP, ResNet, ResNet8, UNet, calibrate
 
 SHIPPED = ["mnist/classifier", "mnist/cnn", "mnist/dae"]
@@ -61,7 +61,7 @@ def test_sidecar_says_what_the_weights_are(saved):
     described = json.loads(saved.with_suffix(".json").read_text())
     assert described["architecture"] == {"name": "dae", "channels": 1, "depth": 4, "width": 6}
     assert (described["data"], described["recipe"], described["metrics"]) == ("noise", {"steps": 3}, {"loss": 0.5})
-    assert described["sha256"] == _sha256(saved.with_suffix(".safetensors"))
+    assert described["sha256"] == digest(saved.with_suffix(".safetensors"))
     assert described["commit"]
 
 
@@ -127,7 +127,7 @@ def test_weights_of_another_architecture(saved, architecture):
 def test_file_that_is_no_safetensors_at_all(saved):
     weights = saved.with_suffix(".safetensors")
     weights.write_bytes(b"not weights")
-    edit(saved, sha256=_sha256(weights))
+    edit(saved, sha256=digest(weights))
     with pytest.raises(ValueError, match=r"dae\.safetensors"):
         load_model(saved)
 
@@ -135,7 +135,7 @@ def test_file_that_is_no_safetensors_at_all(saved):
 def test_weights_of_the_wrong_names(saved):
     weights = saved.with_suffix(".safetensors")
     save_file({"nothing": torch.zeros(1)}, weights)
-    edit(saved, sha256=_sha256(weights))
+    edit(saved, sha256=digest(weights))
     with pytest.raises(ValueError, match=r"dae\.safetensors"):
         load_model(saved)
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..files import data_root
+from ..files import data_root, digest
 
 MNIST_MD5 = {  # of the unpacked files, as published; torchvision checks the packed ones alone
     "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
@@ -70,7 +70,7 @@ def mnist(split: str) -> TensorImages:
     found = _through_torchvision("MNIST", split, "mnist", "MNIST/raw")
     for name, published in MNIST_MD5.items():
         file = data_root() / "mnist" / "MNIST" / "raw" / name
-        if name.startswith({"train": "train", "test": "t10k"}[split]) and _md5(file) != published:
+        if name.startswith({"train": "train", "test": "t10k"}[split]) and digest(file, "md5") != published:
             raise ValueError(f"{file} is not the file that was published (MD5 differs); remove it, and it comes again")
     pixels, labels = found.data.numpy()[:, None], found.targets.numpy()
     if split == "train":  # all of mnist5k stands in MNIST's training set: keep its test digits unseen
@@ -101,11 +101,6 @@ def cifar10_examples() -> TensorImages:
     if found != CIFAR10_20_SHA256:
         raise ValueError(f"foolbox's images have SHA-256 {found}; needed: {CIFAR10_20_SHA256}; reinstall foolbox")
     return TensorImages(pixels, labels, CIFAR10_CLASSES)
-
-
-def _md5(file: Path) -> str:
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "md5").hexdigest()
 
 
 def _through_torchvision(kind: str, split: str, folder: str, unpacked: str) -> Dataset:

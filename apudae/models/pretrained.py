@@ -1,6 +1,5 @@
 """Networks with published weights, from packages and, where there is a network, from libraries."""
 
-import hashlib
 import importlib
 import sys
 from importlib.util import find_spec
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..contracts import check_known, check_noise_std, imported
-from ..files import ROOT, here
+from ..files import ROOT, digest, here
 from ..names import split_number
 from .autoencoders import FFDNet
 from .classifiers import Normalize
@@ -160,7 +159,7 @@ def _of_a_module(name: str) -> nn.Module:
 
 def _published(name: str, file: Path) -> dict[str, Tensor]:
     """The weights in `file`, if it is the one that was published; ValueError otherwise."""
-    if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != SHA256[name]:
+    if not file.is_file() or digest(file) != SHA256[name]:
         raise ValueError(f"{file} is not the file that was published (SHA-256 differs); install its package again")
     # some are in PyTorch's old format; `weights_only` has a reader of its own, which knows tensors and runs no code
     return torch.load(file, map_location="cpu", weights_only=True)
