@@ -22,15 +22,8 @@ from .models.classifiers import CNN, MLP, ResNet, ResNet8, StridedCNN
 from .models.pretrained import PRETRAINED, ResNet14, is_pretrained, pretrained
 
 ARCHITECTURES = {"mlp": MLP, "cnn": CNN, "strided_cnn": StridedCNN, "resnet": ResNet, "resnet8": ResNet8}
-ARCHITECTURES |= {
-    "resnet14": ResNet14,
-    "dae": DAE,
-    "unet": UNet,
-    "residual_unet": ResidualUNet,
-    "ffdnet": FFDNet,
-    "magnet": MagNet,
-    "generator": Generator,
-}
+ARCHITECTURES |= {"resnet14": ResNet14, "dae": DAE, "unet": UNet, "residual_unet": ResidualUNet, "ffdnet": FFDNet}
+ARCHITECTURES |= {"magnet": MagNet, "generator": Generator}
 
 
 def save_model(path: str | Path, model: nn.Module, *, half: bool = False, **facts: Any) -> None:
@@ -52,9 +45,7 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> nn.Modul
     """The trained network `name`, in eval mode: "mnist/dae", "mnist/classifier", …, or a path without its
     ending, from the working folder or from the repository.
 
-    Networks of others: "imagenet/efficientnet_lite0", "cifar10/resnet18", "timm:NAME", "torchvision:NAME",
-    "pretrained:ffdnet@SIGMA", "deepinv:NAME@SIGMA", "diffusers:NAME@SIGMA", and your own, "python:MODULE:FUNCTION"
-    (`models.pretrained`).
+    Networks of others, and your own from a function: the names of `models.pretrained`.
     Raises ValueError for an unknown name, and for weights that are truncated or differ from what their JSON file says.
     """
     if not isinstance(name, str | Path):
