@@ -105,7 +105,9 @@ def _check_fits(classifier: nn.Module, dataset: Dataset) -> None:
 
 
 def _augmented(x: Tensor, shift: int, flip: bool, generator: torch.Generator) -> Tensor:
-    x = _shifted(x, shift, generator)
+    """`x` moved by up to `shift` pixels each way, zeros moving in; with `flip`, every other image in the mirror."""
+    if shift:
+        x = _cut(F.pad(x, (shift,) * 4), *x.shape[2:], generator)
     if not flip:
         return x
     mirrored = shared_draw(torch.rand, (len(x), 1, 1, 1), generator) < 0.5
@@ -151,12 +153,6 @@ def _attacked(
     """`x` under `steps` steps of PGD from a random point of the ε-ball."""
     noise = 2 * shared_draw(torch.rand, x.shape, generator) - 1
     return iterate(model, x, y, (x + epsilon * noise).clamp(0, 1), epsilon, step_size, steps)
-
-
-def _shifted(x: Tensor, shift: int, generator: torch.Generator) -> Tensor:
-    if shift == 0:
-        return x
-    return _cut(F.pad(x, (shift,) * 4), *x.shape[2:], generator)
 
 
 def _patches(x: Tensor, patch: int, generator: torch.Generator) -> Tensor:

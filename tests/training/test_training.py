@@ -24,7 +24,7 @@ from apudae.datasets.small import TensorImages
 from apudae.models import DAE, MLP, ResNet
 from apudae.training.distributed import in_processes
 from apudae.training.loop import Recipe, fit
-from apudae.training.objectives import _augmented, _shifted, train_adversarial, train_classifier, train_dae
+from apudae.training.objectives import _augmented, train_adversarial, train_classifier, train_dae
 
 SHORT = Recipe(steps=30, batch_size=32, seed=1)
 
@@ -226,12 +226,12 @@ def test_noise_is_drawn_for_each_image():
 def test_shifts_move_each_image_by_itself():
     x = torch.zeros(200, 1, 7, 7)
     x[:, 0, 3, 3] = 1
-    moved = _shifted(x, 2, seeded())
+    moved = _augmented(x, 2, False, seeded())
     assert moved.shape == x.shape
     assert torch.equal(moved.flatten(1).sum(1), torch.ones(200))
     places = {tuple(place) for place in moved[:, 0].nonzero()[:, 1:].tolist()}
     assert places == {(row, column) for row in range(1, 6) for column in range(1, 6)}
-    assert torch.equal(_shifted(x, 0, seeded()), x)
+    assert torch.equal(_augmented(x, 0, False, seeded()), x)
 
 
 def test_flips_are_for_each_image_and_keep_colours_together():
