@@ -25,16 +25,8 @@ if TYPE_CHECKING:
     from .purification import PRESETS, Purifier, PurifyConfig, purify, trajectory
 
 # name to its module, which is imported when it is asked for: torch takes seconds, `apudae --help` none
-_HOMES = {
-    "PRESETS": "purification",
-    "Purifier": "purification",
-    "PurifyConfig": "purification",
-    "load_dataset": "datasets",
-    "load_model": "checkpoints",
-    "purify": "purification",
-    "recon_error": "models",
-    "trajectory": "purification",
-}
+_HOMES = {"load_dataset": "datasets", "load_model": "checkpoints", "recon_error": "models"}
+_HOMES |= dict.fromkeys(["PRESETS", "Purifier", "PurifyConfig", "purify", "trajectory"], "purification")
 
 
 def __getattr__(name: str) -> Any:

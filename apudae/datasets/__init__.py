@@ -15,18 +15,7 @@ from .imagenet import IMAGE_SIZE, bsds500, examples, imagenet
 from .selection import hold_out, stack, take
 from .small import CIFAR10_CLASSES, DIGITS, cifar10, cifar10_examples, mnist, mnist5k, zipped
 
-__all__ = [
-    "DATASETS",
-    "SPLITS",
-    "Budget",
-    "Entry",
-    "hold_out",
-    "load_dataset",
-    "look_up",
-    "stack",
-    "take",
-    "training_parts",
-]
+__all__ = ["DATASETS", "SPLITS", "hold_out", "load_dataset", "look_up", "stack", "take", "training_parts"]
 
 SPLITS = ("train", "test", "held_out")
 

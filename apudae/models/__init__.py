@@ -1,14 +1,13 @@
 """Networks: the autoencoders, the target classifiers, and networks of other packages."""
 
-from .autoencoders import DAE, FFDNet, ResidualUNet, UNet, calibrate, recon_error, squared_distance
+from .autoencoders import DAE, FFDNet, ResidualUNet, UNet, calibrate, recon_error
 from .classifiers import CNN, MLP, Normalize, ResNet, ResNet8, StridedCNN, margin
-from .pretrained import PRETRAINED, is_pretrained, pretrained
+from .pretrained import pretrained
 
 __all__ = [
     "CNN",
     "DAE",
     "MLP",
-    "PRETRAINED",
     "FFDNet",
     "Normalize",
     "ResNet",
@@ -17,9 +16,7 @@ __all__ = [
     "StridedCNN",
     "UNet",
     "calibrate",
-    "is_pretrained",
     "margin",
     "pretrained",
     "recon_error",
-    "squared_distance",
 ]
