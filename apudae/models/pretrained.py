@@ -68,6 +68,8 @@ def pretrained(name: str) -> nn.Module:
     network in eval mode under the contract of `apudae`. Nothing is ever unpickled. ValueError for an unknown name, a σ
     that is missing or not in (0, 1], a missing package, changed weights and a download that fails.
     """
+    if not is_pretrained(name):
+        check_known("network", name, PRETRAINED)
     library = name.partition(":")[0]
     if name.startswith(EFFICIENTNET):
         return _efficientnet_lite(name)

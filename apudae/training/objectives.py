@@ -136,6 +136,7 @@ def train_adversarial(
     check_at_least(0, epsilon=epsilon, step_size=step_size)
     check_whole(1, steps=steps)
     check_whole(0, shift=shift)
+    _check_fits(classifier, dataset)
 
     def loss(model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
         x = _augmented(x, shift, flip, generator)

@@ -539,6 +539,8 @@ def test_an_attack_is_named_with_its_epsilon():
         "bim@0.1",
         "bim@inf",
     ]
+    with pytest.raises(ValueError, match=r"'bim@0\.1/' names no ε; needed: such as bim@5/255"):
+        attacks.parse_spec("bim@0.1/")
     with pytest.raises(ValueError, match="'bim@x' names no ε; needed: such as bim@5/255"):
         attacks.parse_spec("bim@x")
 

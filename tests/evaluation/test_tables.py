@@ -16,7 +16,7 @@ from apudae.evaluation.accuracy import Accuracy, accuracy
 from apudae.evaluation.grid import run_attack
 from apudae.evaluation.pages import suite_table
 from apudae.evaluation.results import read_results, result_row
-from apudae.evaluation.tables import folded, knowing_table, labelled, main_table, of_study, side_by_side
+from apudae.evaluation.tables import folded, knowing_table, labelled, main_table, of_study, side_by_side, with_interval
 
 STUDY = {"classifier": "mnist/classifier", "dae": "mnist/dae", "steps": [15, 12], "step_size": 0.01}
 
@@ -217,3 +217,10 @@ def test_a_folded_table_is_escaped_and_an_empty_one_is_nothing():
     assert text.count("white-space: nowrap") == 2
     assert "NaN" not in text
     assert folded("nothing", table.iloc[:0]) == ""
+
+
+def test_figures_are_told_from_their_count_but_for_means():
+    counted = row("A", "pgd", 98, n=100)
+    assert counted["ci_high"] == 0.9945, "whose third digit would be 5; it is 0.994497"
+    mean = row("F", "pgd", 48, n=50) | {"accuracy": 0.954, "ci_low": 0.907, "ci_high": 1.0}
+    assert with_interval(pd.DataFrame([counted, mean])).tolist() == ["0.980 [0.930, 0.994]", "0.954 [0.907, 1.000]"]

@@ -14,6 +14,7 @@ from apudae.datasets import take
 from apudae.evaluation.accuracy import accuracy
 from apudae.models import CNN, MLP, ResNet, ResNet8, StridedCNN
 from apudae.models.classifiers import CIFAR10_MEAN, CIFAR10_STD
+from apudae.models.pretrained import pretrained
 
 SAMPLE = os.path.join(os.environ.get("APUDAE_DATA", ""), "imagenet-sample")
 
@@ -149,6 +150,8 @@ def test_changed_weights_are_refused(monkeypatch, tmp_path):
 def test_unknown_network_lists_what_there_is(name, named):
     with pytest.raises(ValueError, match=named):
         load_model(name)
+    with pytest.raises(ValueError, match=named):
+        pretrained(name)
 
 
 @pytest.mark.parametrize("name", ["timm:resnet10t.c3_in1k", "torchvision:squeezenet1_1"])

@@ -51,10 +51,11 @@ def trained(few, run_dir=None, recipe=SHORT, noise_std_max=0.5, width=4, first=0
 # --- learning ---------------------------------------------------------------------------------------------------------
 
 
-def test_images_that_do_not_fit_the_classifier_are_named_before_the_training(tmp_path):
+@pytest.mark.parametrize("train", [train_classifier, partial(train_adversarial, epsilon=0.1, step_size=0.1, steps=1)])
+def test_images_that_do_not_fit_the_classifier_are_named_before_the_training(tmp_path, train):
     few = TensorImages(np.zeros((8, 1, 16, 16), np.uint8), np.arange(8), list("abcdefgh"))
     with pytest.raises(ValueError, match=r"cannot take images of shape \(1, 1, 16, 16\)"):
-        train_classifier(MLP(), few, Recipe(steps=2), run_dir=tmp_path)
+        train(MLP(), few, Recipe(steps=2), run_dir=tmp_path)
     assert not any(tmp_path.iterdir())
 
 
@@ -98,6 +99,7 @@ def test_images_of_adversarial_training_fill_the_ball(few, step_size, steps):
 
     few = Subset(few, range(48))
     train_adversarial(Spy(), few, Recipe(steps=2, batch_size=48), epsilon=0.1, step_size=step_size, steps=steps)
+    del seen[0]  # the first image alone: do images and labels fit?
     assert [mode for mode, _ in seen] == 2 * ([False] * steps + [True])
     originals = stack(few)[0][None]
     for _, attacked in seen:
