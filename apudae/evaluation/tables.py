@@ -35,8 +35,7 @@ def labelled(rows: pd.DataFrame, epsilon: float | None = None) -> pd.DataFrame:
 
 def pivot(rows: pd.DataFrame) -> pd.DataFrame:
     """Rows of results as a table attack × purifier of "accuracy [interval]", in the order of the rows."""
-    cells = [str(Accuracy(correct, n)) for correct, n in zip(rows.correct, rows.n, strict=True)]
-    table = rows.assign(cell=cells).pivot(index="attack", columns="purifier", values="cell")
+    table = rows.assign(cell=with_interval(rows)).pivot(index="attack", columns="purifier", values="cell")
     return table.loc[rows.attack.unique(), rows.purifier.unique()].rename_axis(index=None, columns="attack")
 
 
