@@ -31,8 +31,8 @@ def suite_table(rows: pd.DataFrame) -> pd.DataFrame:
     """Of each defense, on the same images: clean, what the gray box leaves, what the whole suite leaves.
 
     The gray box is all attacks of the suite on the classifier alone. Of several suites the one on the most images, of
-    these the lower. Where the defense is random, the worst case is the mean over the draws that judge. `budget` is the
-    suite's, "" where it is older than these.
+    these the lower. Where the defense is random, figures are means over the draws that judge. `budget` is the suite's,
+    "" where it is older than these.
     """
     lines = []
     rows = rows[rows.kind.isin(["ladder", "worst_case"])].fillna({"step_size": 0, "steps": 0})
@@ -43,8 +43,6 @@ def suite_table(rows: pd.DataFrame) -> pd.DataFrame:
         gray = suite[suite.attack.str.startswith("gray_")].sort_values("position").tail(1)
         parts = {"clean": suite[suite.attack == "clean"].tail(1), "gray box": gray, "worst case": last.to_frame().T}
         cells = {name: with_interval(part).iloc[0] if len(part) else "–" for name, part in parts.items()}
-        if last.runs > 1 and pd.notna(last.get("mean_low")):
-            cells["worst case"] = f"{last['mean']:.3f} [{last.mean_low:.3f}, {last.mean_high:.3f}]"
         lines.append(dict(zip(DEFENSE, defense, strict=True)) | cells)
         lines[-1] |= {"images": int(last.n), "budget": last.budget}
     return pd.DataFrame(lines)

@@ -1,5 +1,6 @@
 """Tables made from rows, and what the paper reports beside them."""
 
+import math
 from html import escape
 
 import pandas as pd
@@ -11,7 +12,6 @@ from ..purification.config import PRESETS
 from .accuracy import Accuracy
 
 PLAIN = ("none", "adversarial")  # columns of a classifier alone
-FIGURES = ["correct", "n", "accuracy", "ci_low", "ci_high"]
 
 
 def published(dataset: str) -> pd.DataFrame:
@@ -40,13 +40,15 @@ def pivot(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def with_interval(rows: pd.DataFrame) -> pd.Series:
-    """Each row's figure as text, "accuracy [low, high]": of its count, as its other figures are rounded already.
+    """Each row's figure as text, "accuracy [low, high]": of its count, as the row's own interval is rounded already.
 
-    The mean over the draws of a random defense is no count: there these figures are told.
+    Where draws of a random defense judge (`ladder.WorstCase`), their mean and its interval.
     """
+    drawn = rows.reindex(columns=["runs", "mean", "mean_low", "mean_high"]).astype(float)
+    figures = zip(rows.correct, rows.n, *(drawn[name] for name in drawn), strict=True)
     texts = [
-        str(Accuracy(correct, n)) if abs(correct / n - value) < 1e-5 else f"{value:.3f} [{low:.3f}, {high:.3f}]"
-        for correct, n, value, low, high in zip(*(rows[name] for name in FIGURES), strict=True)
+        f"{mean:.3f} [{low:.3f}, {high:.3f}]" if runs > 1 and not math.isnan(low) else str(Accuracy(correct, n))
+        for correct, n, runs, mean, low, high in figures
     ]
     return pd.Series(texts, rows.index, dtype=object)
 

@@ -219,8 +219,8 @@ def test_a_folded_table_is_escaped_and_an_empty_one_is_nothing():
     assert folded("nothing", table.iloc[:0]) == ""
 
 
-def test_figures_are_told_from_their_count_but_for_means():
+def test_figures_are_told_from_their_count_but_for_means_over_draws():
     counted = row("A", "pgd", 98, n=100)
     assert counted["ci_high"] == 0.9945, "whose third digit would be 5; it is 0.994497"
-    mean = row("F", "pgd", 48, n=50) | {"accuracy": 0.954, "ci_low": 0.907, "ci_high": 1.0}
+    mean = row("F", "pgd", 48, n=50) | {"runs": 20, "mean": 0.954, "mean_low": 0.907, "mean_high": 1.0}
     assert with_interval(pd.DataFrame([counted, mean])).tolist() == ["0.980 [0.930, 0.994]", "0.954 [0.907, 1.000]"]
