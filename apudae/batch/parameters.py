@@ -62,7 +62,7 @@ def check_parameters(name: str, given: dict[str, Any]) -> dict[str, Any]:
         try:
             checked[key] = _as(type(default), value, default)
             _check_value(key, checked[key])
-        except (ValueError, yaml.YAMLError) as error:
+        except (ValueError, OverflowError, yaml.YAMLError) as error:
             needed = f"{type(default).__name__}, as its default {default!r}"
             reason = f" ({' '.join(str(error).split())})" if str(error) else ""
             raise ValueError(
@@ -105,6 +105,8 @@ def _check_value(key: str, value: Any) -> None:
         run_folder(value)
     if type(value) is int and value < (1 if key == "n" else 0):
         raise ValueError(f"needed: at least {1 if key == 'n' else 0}")
+    if type(value) is int and value >= 2**63:
+        raise ValueError("needed: below 2⁶³, what 64 bits hold")
     if type(value) is float and not math.isfinite(value):
         raise ValueError("needed: a finite number")
     if key == "device":
