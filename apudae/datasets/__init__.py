@@ -13,7 +13,7 @@ from ..names import FOLDER
 from .folder import FolderImages, path_and_size
 from .imagenet import IMAGE_SIZE, bsds500, examples, imagenet
 from .selection import hold_out, stack, take
-from .small import CIFAR10_CLASSES, DIGITS, cifar10, cifar10_examples, mnist, mnist5k, zipped
+from .small import CIFAR10_CLASSES, DIGITS, cifar10, cifar10_examples, mnist, mnist5k, moved, zipped
 
 __all__ = ["DATASETS", "SPLITS", "hold_out", "load_dataset", "look_up", "stack", "take", "training_parts"]
 
@@ -66,6 +66,8 @@ _MNIST = {"classes": tuple(DIGITS), "noun": "digits", "budget": Budget(0.1, 0.01
 _MNIST |= {"classifier": "mnist/classifier", "dae": "mnist/dae", "other": "mnist/cnn"}
 _CIFAR10 = {"classes": tuple(CIFAR10_CLASSES), "budget": Budget(8 / 255, 1 / 255), "published": "cifar10"}
 _CIFAR10 |= {"classifier": "cifar10/resnet18", "dae": "cifar10-jpeg/residual_unet_05", "other": "cifar10-jpeg/resnet8"}
+_CIFAR10_JPEG = partial(zipped, "cifar10-jpeg.zip", classes=CIFAR10_CLASSES)
+_MOVED = _CIFAR10 | {"calibrated_on": "cifar10-jpeg"}
 _IMAGENET = {"budget": Budget(8 / 255, 1 / 255, (5 / 255, 25 / 255)), "noun": "photographs", "published": "imagenet"}
 _IMAGENET |= {"classifier": "imagenet/efficientnet_lite0", "dae": "imagenet/unet", "calibrated_on": "bsds500"}
 _BSDS500 = {"classes": ("photograph",), "noun": "photographs", "dae": "imagenet/unet"}
@@ -74,7 +76,8 @@ DATASETS: dict[str, Entry] = {
     "mnist5k": Entry(_small(mnist5k), **_MNIST),
     "mnist": Entry(_small(mnist), **_MNIST),
     "cifar10": Entry(_small(cifar10), **_CIFAR10),
-    "cifar10-jpeg": Entry(_small(partial(zipped, "cifar10-jpeg.zip", classes=CIFAR10_CLASSES)), **_CIFAR10),
+    "cifar10-jpeg": Entry(_small(_CIFAR10_JPEG), **_CIFAR10),
+    "cifar10-jpeg-moved": Entry(_small(lambda split: moved(_CIFAR10_JPEG(split))), ("test",), **_MOVED),
     "cifar10-20": Entry(lambda *_: cifar10_examples(), ("test",), **_CIFAR10),
     "imagenet": Entry(partial(_photographs, {"train": "train", "test": "val"}, "imagenet"), **_IMAGENET),
     "imagenet-sample": Entry(partial(_photographs, {"test": ""}, "imagenet-sample"), ("test",), **_IMAGENET),
@@ -108,6 +111,7 @@ def load_dataset(
     - "cifar10": 50,000 train and 10,000 test colour images of 32×32, the same way.
     - "cifar10-jpeg": the same images after JPEG compression, read from cifar10-jpeg.zip in the folder APUDAE_DATA (or
       data/downloads), which is not unpacked.
+    - "cifar10-jpeg-moved": its images moved by four pixels down and right, off JPEG's grid: "test" alone.
     - "cifar10-20": 20 of the original test images, carried by the package foolbox: "test" alone.
     - "folder:PATH": your images, one folder a class, with train/ and test/ above the classes or without (then every
       fifth image of a class is test). "folder:PATH@64", or `image_size`, resizes the shorter side and crops to a

@@ -140,6 +140,12 @@ def zipped(name: str, split: str, classes: list[str]) -> TensorImages:
     return TensorImages(np.stack(pixels), np.array([classes.index(folder) for _, folder, _ in chosen]), classes)
 
 
+def moved(images: TensorImages, pixels: int = 4) -> TensorImages:
+    """`images` moved by so many pixels down and right, the border mirrored: JPEG's grid of 8×8 is elsewhere then."""
+    wide = np.pad(images.pixels.numpy(), ((0, 0), (0, 0), (pixels, 0), (pixels, 0)), mode="reflect")
+    return TensorImages(wide[..., :-pixels, :-pixels].copy(), images.labels.numpy(), images.classes)
+
+
 def _decoded(archive: zipfile.ZipFile, name: str) -> np.ndarray:
     """One image as bytes (3, height, width)."""
     if archive.getinfo(name).file_size > LARGEST:

@@ -24,6 +24,7 @@ def train_dae(
     noise_std_min: float = 0.0,
     shift: int = 0,
     flip: bool = False,
+    shrink: int = 1,
     patch: int = 0,
     classifier: nn.Module | None = None,
     stability: float = 0.01,
@@ -34,15 +35,21 @@ def train_dae(
     """Train on Eq. 1: mse(DAE(x + σ·noise), x), σ ~ U[noise_std_min, noise_std_max] drawn for each image.
 
     Images are never clipped after the noise, as in the equation. `shift` and `flip` are those of `train_classifier`.
-    With `patch`, x is a random square of so many pixels of each image, turned by 0 to 3 quarters.
+    With `patch`, x is a random square of so many pixels of each image, turned by 0 to 3 quarters; with `shrink`, too,
+    of the image made 2, 3, … or `shrink` times smaller (the mean of k×k pixels, another k for each batch), without the
+    traces that JPEG leaves.
     With a `classifier` (not in the paper), `stability` times its cross-entropy on denoised images is added, its own
     verdict on the clean image as the label (Denoised Smoothing, Salman et al. 2020); and with an `epsilon` every other
     image, by chance, is attacked before the noise, two steps of PGD on that classifier (as Liao et al. 2018 train).
     Returns the curve: step and mean loss since the last.
     """
     check_whole(0, shift=shift, patch=patch)
-    if patch > min(dataset[0][0].shape[1:]):
-        raise ValueError(f"patch is {patch}; needed: at most the images' sides, {tuple(dataset[0][0].shape[1:])}")
+    check_whole(1, shrink=shrink)
+    if shrink > 1 and not patch:
+        raise ValueError(f"shrink is {shrink}, without a patch; give one")
+    sides = tuple(side // shrink for side in dataset[0][0].shape[1:])
+    if patch > min(sides):
+        raise ValueError(f"patch is {patch}; needed: at most the images' sides, {sides}")
     check_at_least(0, noise_std_min=noise_std_min)
     check_at_least(noise_std_min, noise_std_max=noise_std_max)
     check_at_least(0, stability=stability, epsilon=epsilon)
@@ -52,7 +59,7 @@ def train_dae(
         raise ValueError(f"epsilon is {epsilon}, without a classifier to attack; give one")
 
     def loss(model: nn.Module, x: Tensor, _: Tensor, generator: torch.Generator) -> Tensor:
-        x = _augmented(_patches(x, patch, generator) if patch else x, shift, flip, generator)
+        x = _augmented(_patches(x, patch, shrink, generator) if patch else x, shift, flip, generator)
         share = shared_draw(torch.rand, (len(x), 1, 1, 1), generator)
         noise_std = noise_std_min + (noise_std_max - noise_std_min) * share
         noise = noise_std * shared_draw(torch.randn, x.shape, generator)
@@ -69,6 +76,7 @@ def train_dae(
 
     about = {"noise_std_max": noise_std_max, "noise_std_min": noise_std_min, "shift": shift, "flip": flip}
     about |= {"patch": patch} if patch else {}
+    about |= {"shrink": shrink} if shrink > 1 else {}
     if classifier is not None:
         about |= {"stability": stability, "epsilon": epsilon, "guide": fingerprint(classifier.state_dict())}
     return fit(dae, loss, dataset, recipe, run_dir=run_dir, device=device, about=about)
@@ -156,9 +164,10 @@ def _attacked(
     return iterate(model, x, y, (x + epsilon * noise).clamp(0, 1), epsilon, step_size, steps)
 
 
-def _patches(x: Tensor, patch: int, generator: torch.Generator) -> Tensor:
-    """A random square of each image, turned by a random number of quarters."""
-    x = _cut(x, patch, patch, generator)
+def _patches(x: Tensor, patch: int, shrink: int, generator: torch.Generator) -> Tensor:
+    """A random square of each image, made up to `shrink` times smaller and turned by a random number of quarters."""
+    factor = int(torch.randint(2, shrink + 1, (), generator=generator, device=x.device)) if shrink > 1 else 1
+    x = F.avg_pool2d(_cut(x, factor * patch, factor * patch, generator), factor)
     quarters = shared_draw(partial(torch.randint, 0, 4), (len(x),), generator)
     turned = torch.stack([x.rot90(quarter, (2, 3)) for quarter in range(4)])
     return turned[quarters, torch.arange(len(x), device=x.device)]

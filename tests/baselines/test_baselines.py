@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import signal
@@ -6,14 +7,16 @@ import sys
 import time
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 import torch
 from conftest import images, linear_classifier, seeded, set_gradients, snapshot
+from PIL import Image
 from torch import nn
 from torch.utils.data import Subset
 
 from apudae import load_dataset, load_model
-from apudae.baselines import Critic, DefenseGAN, Generator, MagNet, ProjectionConfig, train_gan, train_magnet
+from apudae.baselines import JPEG, Critic, DefenseGAN, Generator, MagNet, ProjectionConfig, train_gan, train_magnet
 from apudae.baselines.defense_gan import gradient_penalty
 from apudae.baselines.magnet import TEMPERATURES, _divergence
 from apudae.checkpoints import save_model
@@ -325,3 +328,30 @@ def test_killed_training_goes_on_to_the_same_result(tmp_path):
     torch.set_num_threads(threads)
     assert torch.equal(resumed[0], undisturbed[0])
     assert resumed[1] == undisturbed[1]
+
+
+# --- JPEG -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_jpeg_takes_fine_detail_off_and_is_that_of_pillow(channels):
+    noisy = (0.5 + 0.006 * (-1) ** torch.arange(16.0)).expand(2, channels, 16, 16)
+    left = JPEG()(noisy)
+    assert left.shape == noisy.shape
+    assert left.std() == 0, "stripes a pixel wide are gone"
+    file = io.BytesIO()
+    pixels = (255 * noisy[0]).round().byte().movedim(0, 2).numpy()
+    Image.fromarray(pixels.squeeze(2) if channels == 1 else pixels).save(file, "JPEG", quality=30)
+    read = torch.from_numpy(np.asarray(Image.open(file)).reshape(16, 16, channels).copy()).movedim(2, 0)
+    assert torch.equal(JPEG(30)(noisy)[0] * 255, read.float())
+
+
+@pytest.mark.parametrize("quality", [0, 101, 7.5, True])
+def test_a_quality_that_there_is_not_is_named(quality):
+    with pytest.raises(ValueError, match=f"quality is {quality}; needed: "):
+        JPEG(quality)
+
+
+def test_jpeg_refuses_two_channels():
+    with pytest.raises(ValueError, match="images have 2 channels; JPEG needs 1 or 3"):
+        JPEG()(images(1, 2, 8, 8))

@@ -92,7 +92,7 @@ def test_data_that_cannot_be_downloaded_say_what_to_do(tmp_path, monkeypatch, na
 @pytest.mark.parametrize("name", ["mnist6k", "", "MNIST", "folder"])
 def test_unknown_data_set_lists_what_there_is(name):
     with pytest.raises(
-        ValueError, match=r"mnist5k, mnist, cifar10, cifar10-jpeg, cifar10-20, imagenet, .*, folder:PATH"
+        ValueError, match=r"mnist5k, .*, cifar10-jpeg, cifar10-jpeg-moved, cifar10-20, imagenet, .*, folder:PATH"
     ):
         load_dataset(name, "test")
 
@@ -147,6 +147,16 @@ def test_zip_is_read_without_being_unpacked(cifar_folder):
     assert ((x[:, 0] * 255).mean((1, 2)) - red).abs().max() < 3  # JPEG
     assert (x[:, 1] + x[:, 0] - 1).abs().max() < 0.03
     assert [file.name for file in cifar_folder.iterdir()] == ["cifar10-jpeg.zip"]
+
+
+def test_moved_images_are_the_copy_s_off_its_grid(cifar_folder):
+    save_zip(cifar_folder)
+    (x, y), (moved, labels) = (stack(load_dataset(name, "test")) for name in ("cifar10-jpeg", "cifar10-jpeg-moved"))
+    assert torch.equal(y, labels)
+    assert torch.equal(moved[..., 4:, 4:], x[..., :4, :4])
+    assert torch.equal(moved[..., 4:, :4], x[..., :4, 1:5].flip(3)), "the border is a mirror's"
+    with pytest.raises(ValueError, match="cifar10-jpeg-moved has no split 'held_out'; there is: test"):
+        load_dataset("cifar10-jpeg-moved", "held_out")
 
 
 def test_held_out_part_of_a_zip_is_evenly_spread(cifar_folder):

@@ -237,7 +237,7 @@ def test_worker_processes_give_what_one_process_gives(root):
 
 def test_patches_are_parts_of_their_images_in_every_orientation():
     x = torch.arange(40 * 3 * 8 * 9.0).view(40, 3, 8, 9)
-    patches = _patches(x, 4, torch.Generator().manual_seed(0))
+    patches = _patches(x, 4, 1, torch.Generator().manual_seed(0))
     assert patches.shape == (40, 3, 4, 4)
     turns = set()
     for image, patch in zip(x, patches, strict=True):
@@ -254,7 +254,24 @@ def test_patches_are_parts_of_their_images_in_every_orientation():
     assert {down for _, down in turns} == {0, 1, 2, 3, 4}
 
 
+def test_patches_of_smaller_images_are_means_of_squares():
+    """Of a ramp of 1 a pixel the mean of k×k pixels is one of k a pixel, whichever way it is turned."""
+    x, slopes = torch.arange(12.0).expand(5, 3, 12, 12), set()
+    for seed in range(20):
+        patches = _patches(x, 3, 4, torch.Generator().manual_seed(seed))
+        assert patches.shape == (5, 3, 3, 3)
+        steps = torch.stack([patches.diff(dim=dim).abs().amax((1, 2, 3)) for dim in (2, 3)]).amax(0)
+        assert len(steps.unique()) == 1, "one factor a batch"
+        slopes.add(steps[0].item())
+    assert slopes == {2, 3, 4}
+
+
 def test_patch_must_fit_into_the_images(bsds):
+    data = load_dataset("bsds500", "train")
+    with pytest.raises(ValueError, match=r"patch is 17; needed: at most the images' sides, \(16, 24\)"):
+        train_dae(DAE(3, 2, 4), data, Recipe(1, 2), noise_std_max=0.3, patch=17, shrink=2)
+    with pytest.raises(ValueError, match="shrink is 2, without a patch; give one"):
+        train_dae(DAE(3, 2, 4), data, Recipe(1, 2), noise_std_max=0.3, shrink=2)
     with pytest.raises(ValueError, match=r"patch is 33; needed: at most the images' sides, \(32, 48\)"):
         train_dae(DAE(3, 2, 4), load_dataset("bsds500", "train"), Recipe(1, 2), noise_std_max=0.3, patch=33)
 
