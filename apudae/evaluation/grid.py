@@ -88,6 +88,7 @@ def purified_rows(
     batch_size: int = 256,
     keep: Path | None = None,
     bfloat16: bool = False,
+    images: bool = True,
     **facts: Any,
 ) -> tuple[dict[tuple[str, str], Tensor], list[dict]]:
     """Every purifier of `configs` on the images of every attack ("pgd", "bim@5/255"): purified images, result rows.
@@ -96,9 +97,10 @@ def purified_rows(
     many. `facts` go into the rows. With the folder `keep`, modules are resumable, as `run_attack`; their seconds are
     then those of the batches that were not there yet. More steps of a variant without memory go on from fewer, if
     those stand before them. `bfloat16`: the purifiers' networks compute in bfloat16, and the row's device says so.
+    Without `images` those of each attack are let go of when their rows are made, and none come back: for many images.
     """
     purified, rows = {}, []
-    for attack, images in attacked.items():
+    for attack, x in attacked.items():
         seconds: dict[str, float] = {}
         for purifier, config in configs.items():
             start, rest = _gone_on_from(config, {name: configs[name] for name in seconds})
@@ -107,9 +109,9 @@ def purified_rows(
                 config = getattr(config, "config", None)
             else:
                 defend = nn.Identity() if rest is None else Purifier(dae, rest, seed=seed)
-            autocast = torch.autocast(images.device.type, torch.bfloat16, enabled=bfloat16)
+            autocast = torch.autocast(x.device.type, torch.bfloat16, enabled=bfloat16)
             with torch.no_grad(), autocast, Stopwatch() as watch:
-                ready = purified.get((attack, start), images)
+                ready = purified.get((attack, start), x)
                 given = [ready, torch.arange(len(ready), device="cpu")] if isinstance(defend, Purifier) else [ready]
                 result = in_batches(defend, *given, batch_size=batch_size, name=f"{purifier} on {attack}")
             about = {"attack": parse_spec(attack)[0], "attack_parameters": parameters[attack], "seed": seed, **facts}
@@ -117,9 +119,10 @@ def purified_rows(
             about |= {"purifier": purifier, "purifier_config": config, "seconds": seconds[purifier]}
             clean = attacked["clean"][: len(result)] if "clean" in attacked else None
             found = accuracy(model, result, y[: len(result)], clean=clean)
-            rows.append(result_row(found, device=images.device, **about))
+            rows.append(result_row(found, device=x.device, **about))
             rows[-1]["device"] += ", bfloat16" * (bfloat16 and config is not None)
             purified[attack, purifier] = result
+        purified = purified if images else {}
     return purified, rows
 
 

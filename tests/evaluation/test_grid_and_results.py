@@ -143,6 +143,11 @@ def test_more_steps_without_memory_go_on_from_fewer(name, passes):
     assert [json.loads(row["purifier_parameters"])["steps"] for row in rows] == [4, 5, 7]
     for label, config in configs.items():
         assert torch.equal(purified["clean", label], purify(dae, attacked["clean"], config))
+    calls.clear()
+    none, again = purified_rows(linear_classifier(64), dae, attacked, y, configs, **facts, images=False)
+    assert sum(calls) == passes, "within an attack they still go on from fewer"
+    assert none == {}
+    assert [row["correct"] for row in again] == [row["correct"] for row in rows]
 
 
 def test_few_classes_have_one_metric(classifier, digits):
