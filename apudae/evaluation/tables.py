@@ -62,7 +62,7 @@ def of_study(
     """
     rows = rows[(rows.split == "test") & (rows.metric == metric) & (rows.classifier == classifier)]
     rows = rows[rows.dae.isin([dae, ""])]
-    plain = rows.purifier.str.split().str[0].isin(["none", "direct"])  # these have neither n nor α
+    plain = rows.purifier.str.split().str[0].isin(["none", "JPEG", "direct"])  # these have neither n nor α
     wanted = plain | rows.steps.isin(steps) & (rows.step_size - step_size).abs().lt(1e-9)
     number = rows.steps.map(" (n = {:.0f})".format).where(~plain & (rows.steps != steps[0]), "")
     return rows.assign(purifier=rows.purifier + number)[wanted].sort_values("n", kind="stable")
@@ -81,7 +81,8 @@ def main_table(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     every = [*dict.fromkeys(["clean", *own, "counter_attack_a"])]
     rows = labelled(rows[rows.kind == "attack"])
     rows = rows[rows.attack.isin(every)].drop_duplicates(["attack", "purifier"], keep="last")
-    attacks, order, paper = [name for name in every if name in set(rows.attack)], [*PLAIN, *PRESETS], published(dataset)
+    attacks = [name for name in every if name in set(rows.attack)]
+    order, paper = [*PLAIN, "JPEG", *PRESETS], published(dataset)
     purifiers = sorted(rows.purifier.unique(), key=lambda name: (order.index(name.split()[0]), name))
     others = [*PLAIN, "direct", "magnet", "defense_gan"]
     best = paper.drop(columns=others, errors="ignore").max(axis=1)
