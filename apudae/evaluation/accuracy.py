@@ -40,24 +40,24 @@ NO_LABEL = -1
 MANY_CLASSES, BEST = 100, (5, 10)  # from so many classes on, top-5 and top-10 are counted too
 
 
-def accuracy(model: nn.Module, x: Tensor, y: Tensor, *, clean: Tensor | None = None) -> Accuracy:
+def accuracy(model: nn.Module, x: Tensor, y: Tensor, *, clean: Tensor | dict[str, Tensor] | None = None) -> Accuracy:
     """Share of the images `x` that `model` classifies as `y`.
 
     From 100 classes on, the accuracy's `others` are "top-5" and "top-10": `y` is among so many likeliest labels. With
     `clean`, the same images before any attack, also "top-1 of right", …: of those images alone that were right then,
-    by the same metric, so that clean images have 1.0, as in the paper's Table 2.
+    by the same metric, so that clean images have 1.0, as in the paper's Table 2; or what `right` says of these images.
     """
-    right = _right(model, x, y)
-    counts = {name: Accuracy(int(hit.sum()), len(hit)) for name, hit in right.items()}
-    if clean is not None and len(right) > 1:
-        for name, before in _right(model, clean, y).items():
+    hits = right(model, x, y)
+    counts = {name: Accuracy(int(hit.sum()), len(hit)) for name, hit in hits.items()}
+    if clean is not None and len(hits) > 1:
+        for name, before in (clean if isinstance(clean, dict) else right(model, clean, y)).items():
             if before.any():
-                counts[f"{name} of right"] = Accuracy(int((right[name] & before).sum()), int(before.sum()))
+                counts[f"{name} of right"] = Accuracy(int((hits[name] & before).sum()), int(before.sum()))
     first = counts.pop("top-1")
     return Accuracy(first.correct, first.n, counts)
 
 
-def _right(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+def right(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
     """Which images are right, by each metric (n,)."""
     check_batch(model, x, y)
     found = best_labels(model, x, max(BEST)) == y[:, None]
