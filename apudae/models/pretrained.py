@@ -42,7 +42,8 @@ DEEPINV: dict[str, tuple[str, dict[str, int], int, int | None]] = {
 
 def is_pretrained(name: str) -> bool:
     """Whether `name` is one for `pretrained`."""
-    return name in SHA256 or name.startswith((f"{FFDNET}@", "python:", *(f"{library}:" for library in _LIBRARIES)))
+    kinds = (f"{FFDNET}@", "python:", *(f"{library}:" for library in _LIBRARIES))
+    return isinstance(name, str) and (name in SHA256 or name.startswith(kinds))
 
 
 def pretrained(name: str) -> nn.Module:

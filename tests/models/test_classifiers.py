@@ -154,6 +154,8 @@ def test_unknown_network_lists_what_there_is(name, named):
         load_model(name)
     with pytest.raises(ValueError, match=named):
         pretrained(name)
+    with pytest.raises(ValueError, match="network None is unknown; there is: "):
+        pretrained(None)
 
 
 @pytest.mark.parametrize("name", ["timm:resnet10t.c3_in1k", "torchvision:squeezenet1_1"])
