@@ -87,7 +87,7 @@ def pretrained(name: str) -> nn.Module:
 
 
 class FittedResNet18(nn.Module):
-    """ "cifar10/resnet18" with batch norms and a last layer of its own, which alone are trained and kept (100 kB).
+    """The ResNet-18 "cifar10/resnet18" with batch norms and a last layer of its own, alone trained and kept (100 kB).
 
     Its convolutions, as published, stay in their package: made to read other images, such as a JPEG copy.
     """
