@@ -13,8 +13,8 @@ from ..contracts import check_images, check_whole
 class JPEG(nn.Module):
     """Images (n, C, H, W) in [0, 1] to what is left of them after compression, C 1 or 3; without a gradient.
 
-    `quality` is the codec's, 1 to 100. Images that were compressed like this before come back nearly as they were. ValueError
-    for a quality that there is not, and for what are no images.
+    `quality` is the codec's, 1 to 100. Images that were compressed like this before come back nearly as they were.
+    ValueError for a quality that there is not, and for what are no images.
     """
 
     def __init__(self, quality: int = 75) -> None:
