@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from ..contracts import check_images, check_whole
 
+LARGEST = 65_500  # pixels of a side
+
 
 class JPEG(nn.Module):
     """Images (n, C, H, W) in [0, 1] to what is left of them after compression, C 1 or 3; without a gradient.
@@ -22,14 +24,16 @@ class JPEG(nn.Module):
         check_whole(1, quality=quality)
         if quality > 100:
             raise ValueError(f"quality is {quality}; needed: at most 100")
-        self.quality = quality
+        self.quality = int(quality)
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         check_images(x)
         if x.shape[1] not in (1, 3):
             raise ValueError(f"images have {x.shape[1]} channels; JPEG needs 1 or 3")
-        pixels = (255 * x).round().byte().cpu().movedim(1, 3).numpy()
+        if max(x.shape[2:], default=0) > LARGEST:
+            raise ValueError(f"images have sides {tuple(x.shape[2:])}; JPEG has at most {LARGEST:,} pixels")
+        pixels = (255 * x.float()).round().byte().cpu().movedim(1, 3).numpy()
         read = np.stack([self._read_again(image) for image in pixels])
         return torch.from_numpy(read).movedim(3, 1).to(x) / 255
 

@@ -40,19 +40,23 @@ NO_LABEL = -1
 MANY_CLASSES, BEST = 100, (5, 10)  # from so many classes on, top-5 and top-10 are counted too
 
 
-def accuracy(model: nn.Module, x: Tensor, y: Tensor, *, clean: Tensor | dict[str, Tensor] | None = None) -> Accuracy:
+def accuracy(model: nn.Module, x: Tensor, y: Tensor, *, clean: Tensor | None = None) -> Accuracy:
     """Share of the images `x` that `model` classifies as `y`.
 
     From 100 classes on, the accuracy's `others` are "top-5" and "top-10": `y` is among so many likeliest labels. With
     `clean`, the same images before any attack, also "top-1 of right", …: of those images alone that were right then,
-    by the same metric, so that clean images have 1.0, as in the paper's Table 2; or what `right` says of these images.
+    by the same metric, so that clean images have 1.0, as in the paper's Table 2.
     """
     hits = right(model, x, y)
+    return counted(hits, right(model, clean, y) if clean is not None and len(hits) > 1 else {})
+
+
+def counted(hits: dict[str, Tensor], before: dict[str, Tensor]) -> Accuracy:
+    """The `accuracy` of what `right` says of images, and said `before` the attack, of those that stand in both."""
     counts = {name: Accuracy(int(hit.sum()), len(hit)) for name, hit in hits.items()}
-    if clean is not None and len(hits) > 1:
-        for name, before in (clean if isinstance(clean, dict) else right(model, clean, y)).items():
-            if before.any():
-                counts[f"{name} of right"] = Accuracy(int((hits[name] & before).sum()), int(before.sum()))
+    for name, first in before.items():
+        if first.any():
+            counts[f"{name} of right"] = Accuracy(int((hits[name] & first).sum()), int(first.sum()))
     first = counts.pop("top-1")
     return Accuracy(first.correct, first.n, counts)
 

@@ -15,7 +15,7 @@ from ..contracts import as_generator, check_known
 from ..files import fingerprint, load_tensors, save_tensors
 from ..purification.config import PurifyConfig
 from ..purification.purifier import Purifier
-from .accuracy import accuracy, right
+from .accuracy import counted, right
 from .results import Stopwatch, result_row
 
 
@@ -117,11 +117,11 @@ def purified_rows(
             about = {"attack": parse_spec(attack)[0], "attack_parameters": parameters[attack], "seed": seed, **facts}
             seconds[purifier] = watch.seconds + seconds.get(start, 0)
             about |= {"purifier": purifier, "purifier_config": config, "seconds": seconds[purifier]}
-            if before is None and "clean" in attacked:  # once for all rows; few classes have no metric that asks
-                clean, many = attacked["clean"], len(right(model, attacked["clean"][:1], y[:1])) > 1
-                before = right(model, clean, y[: len(clean)]) if many else {}
-            first = {name: hit[: len(result)] for name, hit in (before or {}).items()}
-            found = accuracy(model, result, y[: len(result)], clean=first)
+            hits = right(model, result, y[: len(result)])
+            if before is None:  # once for all rows; few classes have no metric that asks
+                many = "clean" in attacked and len(hits) > 1
+                before = right(model, attacked["clean"], y[: len(attacked["clean"])]) if many else {}
+            found = counted(hits, {name: first[: len(result)] for name, first in before.items()})
             rows.append(result_row(found, device=x.device, **about))
             rows[-1]["device"] += ", bfloat16" * (bfloat16 and config is not None)
             purified[attack, purifier] = result

@@ -120,7 +120,7 @@ def _efficientnet_lite(name: str) -> nn.Sequential:
 def _resnet18() -> nn.Module:
     resnet = imported("pyautoattack.examples.resnet", RESNET18)
     network = resnet.ResNet18()  # it was trained on [0, 1] as it is, without normalisation
-    network.load_state_dict(_published(RESNET18, Path(str(resnet.__file__)).with_name("model_test.pt")))
+    network.load_state_dict(_published(RESNET18, Path(str(resnet.__file__)).with_name("model_test.pt")), assign=True)
     return network.eval()
 
 

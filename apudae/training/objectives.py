@@ -47,9 +47,9 @@ def train_dae(
     check_whole(1, shrink=shrink)
     if shrink > 1 and not patch:
         raise ValueError(f"shrink is {shrink}, without a patch; give one")
-    sides = tuple(side // shrink for side in dataset[0][0].shape[1:])
-    if patch > min(sides):
-        raise ValueError(f"patch is {patch}; needed: at most the images' sides, {sides}")
+    if (side := patch * shrink) > min(sides := tuple(dataset[0][0].shape[1:])):
+        named = "patch" if shrink == 1 else "patch · shrink"
+        raise ValueError(f"{named} is {side}; needed: at most the images' sides, {sides}")
     check_at_least(0, noise_std_min=noise_std_min)
     check_at_least(noise_std_min, noise_std_max=noise_std_max)
     check_at_least(0, stability=stability, epsilon=epsilon)

@@ -352,6 +352,14 @@ def test_a_quality_that_there_is_not_is_named(quality):
         JPEG(quality)
 
 
-def test_jpeg_refuses_two_channels():
+def test_jpeg_refuses_two_channels_and_sides_that_no_file_has():
     with pytest.raises(ValueError, match="images have 2 channels; JPEG needs 1 or 3"):
         JPEG()(images(1, 2, 8, 8))
+    with pytest.raises(ValueError, match=r"images have sides \(1, 65501\); JPEG has at most 65,500 pixels"):
+        JPEG()(images(1, 1, 1, 65_501))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_jpeg_sees_the_pixels_of_any_precision(dtype):
+    x = images(2, 3, 16, 16).to(dtype)
+    assert (JPEG()(x).float() - JPEG()(x.float())).abs().max() < 0.004, "but for the rounding of what comes back"

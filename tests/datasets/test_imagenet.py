@@ -268,7 +268,7 @@ def test_patches_of_smaller_images_are_means_of_squares():
 
 def test_patch_must_fit_into_the_images(bsds):
     data = load_dataset("bsds500", "train")
-    with pytest.raises(ValueError, match=r"patch is 17; needed: at most the images' sides, \(16, 24\)"):
+    with pytest.raises(ValueError, match=r"patch · shrink is 34; needed: at most the images' sides, \(32, 48\)"):
         train_dae(DAE(3, 2, 4), data, Recipe(1, 2), noise_std_max=0.3, patch=17, shrink=2)
     with pytest.raises(ValueError, match="shrink is 2, without a patch; give one"):
         train_dae(DAE(3, 2, 4), data, Recipe(1, 2), noise_std_max=0.3, shrink=2)
