@@ -86,7 +86,7 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * _schedule(step, recipe.steps)
         generator = torch.Generator(device).manual_seed(step_seed(recipe.seed, 1, step))
-        x, y = x.to(device, memory_format=layout, non_blocking=True), y.to(device, non_blocking=True)
+        x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
             value = loss(called, x, y, generator)
         optimizer.zero_grad()

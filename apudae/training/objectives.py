@@ -6,10 +6,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset, TensorDataset
 
 from ..attacks.gradient_sign import iterate
 from ..contracts import check_at_least, check_batch, check_whole, frozen
+from ..datasets.small import TensorImages
 from ..files import fingerprint
 from .distributed import shared_draw
 from .loop import Recipe, bare, fit
@@ -81,7 +82,8 @@ def train_dae(
     about |= {"shrink": shrink} if shrink > 1 else {}
     if classifier is not None:
         about |= {"stability": stability, "epsilon": epsilon, "guide": fingerprint(classifier.state_dict())}
-    return fit(dae, loss, dataset, recipe, run_dir=run_dir, device=device, about=about)
+    shown = _unconverted(dataset) if patch else dataset
+    return fit(dae, loss, shown, recipe, run_dir=run_dir, device=device, about=about)
 
 
 def train_classifier(
@@ -166,10 +168,18 @@ def _attacked(
     return iterate(model, x, y, (x + epsilon * noise).clamp(0, 1), epsilon, step_size, steps)
 
 
+def _unconverted(dataset: Dataset) -> Dataset:
+    """`dataset`, of images in memory their bytes: a square is cut out of each before it becomes numbers."""
+    if isinstance(dataset, Subset):
+        return Subset(_unconverted(dataset.dataset), dataset.indices)
+    return TensorDataset(dataset.pixels, dataset.labels) if isinstance(dataset, TensorImages) else dataset
+
+
 def _patches(x: Tensor, patch: int, shrink: int, generator: torch.Generator) -> Tensor:
     """A random square of each image, made up to `shrink` times smaller and turned by a random number of quarters."""
     factor = int(torch.randint(2, shrink + 1, (), generator=generator, device=x.device)) if shrink > 1 else 1
-    x = F.avg_pool2d(_cut(x, factor * patch, factor * patch, generator), factor)
+    x = _cut(x, factor * patch, factor * patch, generator)
+    x = F.avg_pool2d(x if x.is_floating_point() else x.float() / 255, factor)
     quarters = shared_draw(partial(torch.randint, 0, 4), (len(x),), generator)
     turned = torch.stack([x.rot90(quarter, (2, 3)) for quarter in range(4)])
     return turned[quarters, torch.arange(len(x), device=x.device)]

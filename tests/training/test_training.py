@@ -16,7 +16,7 @@ from conftest import images, seeded, tiny_dae
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset, Subset, TensorDataset
 
 from apudae import attacks, load_dataset
 from apudae.datasets import stack, take
@@ -574,6 +574,46 @@ def test_bad_recipe_is_named(bad):
 def test_batch_larger_than_the_data_set(few):
     with pytest.raises(ValueError, match=r"320 images.*400; give batch_size = 320, or less"):
         trained(few, recipe=Recipe(steps=5, batch_size=400))
+
+
+class Seen(torch.nn.Module):
+    """Keeps what it was shown."""
+
+    architecture = {"name": "seen"}  # noqa: RUF012
+
+    def __init__(self):
+        super().__init__()
+        self.shown, self.weight = [], torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        self.shown.append(x)
+        return x + self.weight
+
+
+@pytest.mark.parametrize("shrink", [1, 3])
+def test_squares_are_cut_from_bytes_as_from_numbers(shrink):
+    """Every square is the mean of k×k pixels of a part of its image, turned by quarters, whatever holds the image."""
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 3, 20, 26), np.uint8)
+    in_bytes = TensorImages(pixels, np.arange(6), [*"abcdef"])
+    in_numbers = TensorDataset(*stack(in_bytes))
+    shown = []
+    for dataset in (in_bytes, Subset(in_bytes, range(6)), in_numbers):
+        model = Seen()
+        train_dae(model, dataset, Recipe(4, 6), noise_std_max=0.0, shrink=shrink, patch=6)
+        shown.append(torch.cat(model.shown))
+    assert shown[0].equal(shown[1])
+    assert shown[0].equal(shown[2])
+    assert shown[0].shape == (24, 3, 6, 6)
+    scales = [F.avg_pool2d(stack(in_bytes)[0], k, 1) for k in range(1, shrink + 1)]
+    for square in shown[0]:
+        parts = [
+            full[:, :, a : a + 6 * k : k, b : b + 6 * k : k]
+            for k, full in enumerate(scales, start=1)
+            for a in range(full.shape[2] - 6 * k + k)
+            for b in range(full.shape[3] - 6 * k + k)
+        ]
+        turned = [square.rot90(quarter, (1, 2)) for quarter in range(4)]
+        assert min((torch.cat(parts) - each).abs().amax((1, 2, 3)).min() for each in turned) < 1e-6
 
 
 def test_bad_noise_and_shift(few):
