@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -40,8 +41,8 @@ NO_LABEL = -1
 MANY_CLASSES, BEST = 100, (5, 10)  # from so many classes on, top-5 and top-10 are counted too
 
 
-def accuracy(model: nn.Module, x: Tensor, y: Tensor, *, clean: Tensor | None = None) -> Accuracy:
-    """Share of the images `x` that `model` classifies as `y`.
+def accuracy(model: nn.Module, x: Tensor | Sequence[Tensor], y: Tensor, *, clean: Tensor | None = None) -> Accuracy:
+    """Share of the images `x` that `model` classifies as `y`; of several draws of each the mean probabilities decide.
 
     From 100 classes on, the accuracy's `others` are "top-5" and "top-10": `y` is among so many likeliest labels. With
     `clean`, the same images before any attack, also "top-1 of right", …: of those images alone that were right then,
@@ -61,31 +62,41 @@ def counted(hits: dict[str, Tensor], before: dict[str, Tensor]) -> Accuracy:
     return Accuracy(first.correct, first.n, counts)
 
 
-def right(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+def right(model: nn.Module, x: Tensor | Sequence[Tensor], y: Tensor) -> dict[str, Tensor]:
     """Which images are right, by each metric (n,)."""
-    check_batch(model, x, y)
+    for draw in _draws(x):
+        check_batch(model, draw, y)
     found = best_labels(model, x, max(BEST)) == y[:, None]
     sizes = (1, *BEST) if found.shape[1] > 1 else (1,)
     return {f"top-{size}": found[:, :size].any(1) for size in sizes}
 
 
 @torch.no_grad()
-def best_labels(model: nn.Module, x: Tensor, k: int, batch_size: int = 512) -> Tensor:
+def best_labels(model: nn.Module, x: Tensor | Sequence[Tensor], k: int, batch_size: int = 512) -> Tensor:
     """The `k` likeliest labels, best first (n, k); of fewer than 100 classes the likeliest alone (n, 1).
 
+    Of several draws of each image, by the mean of their probabilities (a soft vote).
     −1, with a warning, where the logits are no finite numbers: such an image is never right.
     """
 
-    def best(batch: Tensor) -> Tensor:
-        logits = model(batch)
+    def best(*batches: Tensor) -> Tensor:
+        logits = model(batches[0])
+        if len(batches) > 1:
+            logits = torch.stack([logits, *map(model, batches[1:])]).softmax(-1).mean(0)
         labels = logits.topk(k).indices if logits.shape[1] >= MANY_CLASSES else logits.argmax(1, keepdim=True)
         return labels.masked_fill(~logits.isfinite().all(1, keepdim=True), NO_LABEL)
 
     with frozen(model):
-        labels = in_batches(best, x, batch_size=batch_size, name="classify")
+        labels = in_batches(best, *_draws(x), batch_size=batch_size, name="classify")
     if strange := int((labels[:, 0] == NO_LABEL).sum()):
-        warnings.warn(f"{strange} of {len(x)} images have logits that are not finite: counted as wrong", stacklevel=3)
+        warnings.warn(
+            f"{strange} of {len(labels)} images have logits that are not finite: counted as wrong", stacklevel=3
+        )
     return labels
+
+
+def _draws(x: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+    return [x] if isinstance(x, Tensor) else x
 
 
 def predict(model: nn.Module, x: Tensor, batch_size: int = 512) -> Tensor:

@@ -120,8 +120,8 @@ class Purifier(nn.Module):
         if at_rest_for_good:
             active = active[self._errors(x) > self.dae.recon_mu]
         moments = Moments(x, config.betas) if config.step_rule == "adam" else None
-        for _ in range(config.steps):
-            if config.noise_std > 0 and draws:  # F: X_pur,i + γ r
+        for step in range(config.steps):
+            if config.noise_std > 0 and draws and (step == 0 or config.noise_rule != "once"):  # F: X_pur,i + γ r
                 x = self._noisy(x, draws)
             if len(active) == 0:
                 break
@@ -134,9 +134,9 @@ class Purifier(nn.Module):
             if exact and config.loss != "dist":
                 sizes = sizes * self._gates(errors)
             gradients = per_image(slopes[moves]) * gradients[moves]
-            step = per_image(sizes[moves]) * self._direction(gradients, moving, moments, exact=exact)
+            move = per_image(sizes[moves]) * self._direction(gradients, moving, moments, exact=exact)
             # paper: never clips; here: images stay images
-            x = x.index_put((moving,), clipped((x[moving] - step).to(x.dtype)))
+            x = x.index_put((moving,), clipped((x[moving] - move).to(x.dtype)))
             if at_rest_for_good:
                 active = moving
         return resampled(x, torch.linalg.inv(matrix)) if config.transform_back else x
@@ -201,7 +201,7 @@ class Purifier(nn.Module):
         return moments.updated(gradients, moving)
 
     def _noisy(self, x: Tensor, draws: Draws) -> Tensor:
-        if self.config.noise_rule == "normal":
+        if self.config.noise_rule != "adaptive":
             return clipped(x + self.config.noise_std * draws.drawn(torch.randn, *x.shape[1:]).to(x))
         above = (self._errors(x.detach()) - self.dae.recon_mu) / self.dae.recon_sigma
         scale = self.config.noise_std * per_image(above.clamp(0, 1))

@@ -11,7 +11,7 @@ from conftest import images, linear_classifier, tiny_dae
 
 from apudae import PRESETS, attacks
 from apudae.batching import in_batches
-from apudae.evaluation.accuracy import Accuracy, accuracy, captions, predict
+from apudae.evaluation.accuracy import Accuracy, accuracy, best_labels, captions, predict
 from apudae.evaluation.grid import purified_rows, run_attack
 from apudae.evaluation.results import IDENTITY, MAYBE, merge_results, read_results, record, result_row
 from apudae.evaluation.tables import published
@@ -119,6 +119,19 @@ def test_of_many_classes_the_best_five_and_ten_count_too():
         "top-5": (2, 4),
         "top-10": (3, 4),
     }
+
+
+def test_of_several_draws_the_mean_probability_decides():
+    y = torch.tensor([50])
+    few = [shades(50), shades(60), shades(59)]
+    votes = torch.stack([Ranked()(draw).softmax(1) for draw in few]).mean(0)
+    found = best_labels(Ranked(), few, 10)
+    assert found.tolist() == votes.topk(10).indices.tolist()
+    assert found.tolist() != best_labels(Ranked(), torch.stack(few).mean(0), 10).tolist(), "not the mean image"
+    assert accuracy(Ranked(), few, y).others["top-10"].correct == 1
+    assert best_labels(Ranked(), few[:1], 10).equal(best_labels(Ranked(), few[0], 10))
+    with pytest.raises(ValueError, match="labels"):
+        accuracy(Ranked(), [shades(50), shades(50, 60)], y)
 
 
 def test_images_that_were_wrong_at_first_can_be_left_out():

@@ -111,6 +111,15 @@ def test_adaptive_noise_spares_images_under_mu():
     assert torch.equal(unchanged, errors <= dae.recon_mu)
 
 
+def test_noise_once_is_a_noisy_start():
+    dae, x, _ = scene()
+    once = replace(PRESETS["A"], noise_std=0.05, noise_rule="once")
+    start = purify(dae, x, replace(once, steps=1, step_size=0.0), seed=3)
+    assert (start - x).std() > 0.03
+    assert torch.equal(purify(dae, x, once, seed=3), purify(dae, start, "A"))
+    apudae.purify(tiny_dae(), images(2, 1, 8, 8), once)  # which needs no μ
+
+
 def test_a_is_adam_with_both_betas_zero():
     dae, x, _ = scene()
     torch.testing.assert_close(purify(dae, x, PurifyConfig(step_rule="adam", betas=(0.0, 0.0))), purify(dae, x, "A"))
@@ -169,6 +178,7 @@ def test_each_variant_keeps_the_contract(name):
     [
         {"direct": True, "resize": 1.1},
         {"direct": True, "noise_std": 0.1, "noise_rule": "adaptive"},
+        {"direct": True, "noise_std": 0.1, "noise_rule": "once"},
         {"random_transform": True},
         {"transform_back": True},
         {"betas": (0.9, 1.0)},
