@@ -190,9 +190,7 @@ def test_nothing_is_ever_unpickled():
 
 
 def test_networks_of_colour_images_come_channels_last():
-    convolutions = [
-        layer for layer in load_model("cifar10-jpeg/residual_unet").modules() if isinstance(layer, nn.Conv2d)
-    ]
+    convolutions = [layer for layer in load_model("cifar10/residual_unet_10").modules() if isinstance(layer, nn.Conv2d)]
     assert all(layer.weight.is_contiguous(memory_format=torch.channels_last) for layer in convolutions)
     digits = [layer for layer in load_model("mnist/dae").modules() if isinstance(layer, nn.Conv2d)]
     assert all(layer.weight.is_contiguous() for layer in digits), "slower for these"

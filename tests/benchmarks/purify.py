@@ -97,7 +97,7 @@ def scenes(n: int) -> dict[str, tuple[nn.Module, Tensor, Tensor, str]]:
     return {
         "mnist": (apudae.load_model("mnist/dae"), attacked, stream, "mnist/classifier"),
         "3x32x32": (colour, pictures, pictures, ""),
-        "cifar10 residual U-Net": (apudae.load_model("cifar10-jpeg/residual_unet"), small, small, "cifar10/resnet18"),
+        "cifar10 residual U-Net": (apudae.load_model("cifar10/residual_unet_10"), small, small, "cifar10/resnet18"),
         "photographs": (apudae.load_model("imagenet/unet"), large, large, "imagenet/efficientnet_lite0"),
     }
 
