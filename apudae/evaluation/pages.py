@@ -82,11 +82,11 @@ def _label(line: dict, entry: object) -> str:
 def gray_box(
     name: str, classifier: str, dae: str, steps: str = "15", step_size: str = "0.01", metric: str = "top-1"
 ) -> str:
-    """`gray_box_table` of the rows in data/results/`name`; `steps`: n, several separated by commas.
+    """`gray_box_table` of the rows in data/results/`name`; `steps`: n, several separated by commas, or "" for none.
 
     Attacks that no purifier has met are left out.
     """
-    every, wanted = read_results(RESULTS / name), [int(text) for text in steps.split(",")]
+    every, wanted = read_results(RESULTS / name), [int(text) for text in steps.split(",") if text]
     for column, word in {"classifier": classifier, "dae": dae, "metric": metric}.items():
         check_known(f"{column} of {name}", word, every[column].unique())
     rows = of_study(every, classifier, dae, wanted, float(step_size), metric)

@@ -64,7 +64,7 @@ def of_study(
     rows = rows[rows.dae.isin([dae, ""])]
     plain = rows.purifier.str.split().str[0].isin(["none", "JPEG", "direct"])  # these have neither n nor α
     wanted = plain | rows.steps.isin(steps) & (rows.step_size - step_size).abs().lt(1e-9)
-    number = rows.steps.map(" (n = {:.0f})".format).where(~plain & (rows.steps != steps[0]), "")
+    number = rows.steps.map(" (n = {:.0f})".format).where(~plain & ~rows.steps.isin(steps[:1]), "")
     return rows.assign(purifier=rows.purifier + number)[wanted].sort_values("n", kind="stable")
 
 

@@ -203,7 +203,7 @@ def test_cifar10_trains_its_networks_before_it_needs_them(monkeypatch):
         if name.startswith(("purify", "direct", "tables")):
             assert given["step_size"] == 1 / 255
         if step["notebook"] in ("01_train_classifier", "02_train_dae", "03_attacks"):
-            assert given["dataset"] == ("bsds500" if name == "train_off_grid" else "cifar10-jpeg")
+            assert given["dataset"] == ("bsds500" if name in ("train_off_grid", "train_told") else "cifar10-jpeg")
     assert resolved["steps"]["train_classifier"]["parameters"]["epsilon"] == 8 / 255
     given = resolved["steps"]["purify_a"]["parameters"]
     assert [given["steps"], *given["further"]] == [15, 18, 24], "the paper's n, and ours"
