@@ -26,6 +26,9 @@ class JPEG(nn.Module):
             raise ValueError(f"quality is {quality}; needed: at most 100")
         self.quality = int(quality)
 
+    def extra_repr(self) -> str:
+        return f"quality={self.quality}"
+
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         check_images(x)

@@ -66,6 +66,7 @@ _MNIST = {"classes": tuple(DIGITS), "noun": "digits", "budget": Budget(0.1, 0.01
 _MNIST |= {"classifier": "mnist/classifier", "dae": "mnist/dae", "other": "mnist/cnn"}
 _CIFAR10 = {"classes": tuple(CIFAR10_CLASSES), "budget": Budget(8 / 255, 1 / 255), "published": "cifar10"}
 _CIFAR10 |= {"classifier": "cifar10/resnet18", "dae": "cifar10-jpeg/residual_unet_05", "other": "cifar10-jpeg/resnet8"}
+_ORIGINAL = _CIFAR10 | {"dae": "cifar10/residual_unet_10"}  # the other one has learned the copy's lattice
 _CIFAR10_JPEG = partial(zipped, "cifar10-jpeg.zip", classes=CIFAR10_CLASSES)
 _MOVED = _CIFAR10 | {"calibrated_on": "cifar10-jpeg"}
 _IMAGENET = {"budget": Budget(8 / 255, 1 / 255, (5 / 255, 25 / 255)), "noun": "photographs", "published": "imagenet"}
@@ -75,10 +76,10 @@ _BSDS500 = {"classes": ("photograph",), "noun": "photographs", "dae": "imagenet/
 DATASETS: dict[str, Entry] = {
     "mnist5k": Entry(_small(mnist5k), **_MNIST),
     "mnist": Entry(_small(mnist), **_MNIST),
-    "cifar10": Entry(_small(cifar10), **_CIFAR10),
+    "cifar10": Entry(_small(cifar10), **_ORIGINAL),
     "cifar10-jpeg": Entry(_small(_CIFAR10_JPEG), **_CIFAR10),
     "cifar10-jpeg-moved": Entry(_small(lambda split: moved(_CIFAR10_JPEG(split))), ("test",), **_MOVED),
-    "cifar10-20": Entry(lambda *_: cifar10_examples(), ("test",), **_CIFAR10),
+    "cifar10-20": Entry(lambda *_: cifar10_examples(), ("test",), **_ORIGINAL, calibrated_on="cifar10-jpeg"),
     "imagenet": Entry(partial(_photographs, {"train": "train", "test": "val"}, "imagenet"), **_IMAGENET),
     "imagenet-sample": Entry(partial(_photographs, {"test": ""}, "imagenet-sample"), ("test",), **_IMAGENET),
     "photographs": Entry(lambda split, size, _: examples(size or IMAGE_SIZE), ("test",), **_IMAGENET),
