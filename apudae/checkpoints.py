@@ -45,8 +45,8 @@ def save_model(path: str | Path, model: nn.Module, *, half: bool = False, **fact
 
 def load_model(name: str | Path, device: str | torch.device = "cpu") -> nn.Module:
     """The trained network `name`, in eval mode: "mnist/dae", "mnist/classifier", …, or a path without its
-    ending, from the working folder or from the repository. An autoencoder that is told the noise takes another after an
-    @ ("…@25/255"), without μ and σ, which were measured at its own.
+    ending, from the working folder or from the repository. An autoencoder that reads the noise takes another σ after an
+    @ ("…@25/255"), without μ and σ of its error, which were measured at its own.
     Networks of others, and your own from a function: the names of `models.pretrained`.
     Raises ValueError for an unknown name, and for weights that are truncated or differ from what their JSON file says.
     """
@@ -58,10 +58,7 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> nn.Modul
     places = [CHECKPOINTS / name, Path(name), ROOT / name]  # shipped; from the working folder; from the repository
     path = next((place for place in places if os.path.isfile(_file(place, "json"))), places[0])
     if not os.path.isfile(_file(path, "json")):  # nor for a name that no file can have
-        kept, noise_std = split_number(str(name)[:100], "σ", "imagenet/denoiser@0.1 or @25/255")
-        if noise_std is None:
-            check_known("checkpoint", kept, [*checkpoint_names(), *PRETRAINED])
-        return _told(load_model(kept, device), kept, noise_std)
+        return _told(str(name), device)
     described, weights = _read_sidecar(_file(path, "json")), _file(path, "safetensors")
     if not weights.is_file():
         raise ValueError(f"{weights} is missing beside its JSON file; restore it (git checkout) or train it again")
@@ -84,11 +81,17 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> nn.Modul
     return model.to(device, memory_format=layout).eval()
 
 
-def _told(model: nn.Module, name: str, noise_std: float) -> nn.Module:
-    """`model`, told this noise. ValueError for one that is told none."""
-    if not getattr(model, "noise_std", 0):
-        raise ValueError(f"{name} is told no noise; needed: its name without the @")
-    model.told(noise_std)
+def _told(name: str, device: str | torch.device) -> nn.Module:
+    """The checkpoint before the last @ of `name`, told the noise after it. ValueError where there is none."""
+    kept, mark, _ = name.rpartition("@")
+    if not mark or not any(os.path.isfile(_file(place / kept, "json")) for place in (CHECKPOINTS, Path(), ROOT)):
+        check_known("checkpoint", name[:100], [*checkpoint_names(), *PRETRAINED])
+    model = load_model(kept, device)
+    noise_std = split_number("…" + name[len(kept) :], "σ", "…@0.1 or …@25/255")[1]
+    if not getattr(model, "reads_noise", False):
+        raise ValueError(f"{kept} reads no noise; needed: its name without the @")
+    if noise_std != model.noise_std:
+        model.told(noise_std)
     return model
 
 

@@ -80,11 +80,10 @@ def best_labels(model: nn.Module, x: Tensor | Sequence[Tensor], k: int, batch_si
     """
 
     def best(*batches: Tensor) -> Tensor:
-        logits = model(batches[0])
-        if len(batches) > 1:
-            logits = torch.stack([logits, *map(model, batches[1:])]).softmax(-1).mean(0)
-        labels = logits.topk(k).indices if logits.shape[1] >= MANY_CLASSES else logits.argmax(1, keepdim=True)
-        return labels.masked_fill(~logits.isfinite().all(1, keepdim=True), NO_LABEL)
+        logits = torch.stack([*map(model, batches)])
+        votes = logits.double().softmax(-1).mean(0) if len(batches) > 1 else logits[0]
+        labels = votes.topk(k).indices if votes.shape[1] >= MANY_CLASSES else votes.argmax(1, keepdim=True)
+        return labels.masked_fill(~logits.isfinite().all(2).all(0)[:, None], NO_LABEL)
 
     with frozen(model):
         labels = in_batches(best, *_draws(x), batch_size=batch_size, name="classify")
@@ -96,7 +95,9 @@ def best_labels(model: nn.Module, x: Tensor | Sequence[Tensor], k: int, batch_si
 
 
 def _draws(x: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
-    return [x] if isinstance(x, Tensor) else x
+    if isinstance(x, list | tuple) and not x:
+        raise ValueError("there are no draws of the images; needed: one or more")
+    return x if isinstance(x, list | tuple) else [x]
 
 
 def predict(model: nn.Module, x: Tensor, batch_size: int = 512) -> Tensor:

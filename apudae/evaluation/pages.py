@@ -92,6 +92,8 @@ def gray_box(
     rows = of_study(every, classifier, dae, wanted, float(step_size), metric)
     if missing := [n for n in wanted if n not in rows.steps.to_list()]:
         raise ValueError(f"{name} has no row of this study with n = {missing[0]} and α = {float(step_size):g}")
+    if not set(rows.purifier) - {"none"}:
+        raise ValueError(f"{name} has no purifier before {classifier} with {dae}")
     drawn = main_table(rows)[0]
     return gray_box_table(drawn[drawn.attack.isin(drawn[drawn.purifier != "none"].attack)], metric)
 

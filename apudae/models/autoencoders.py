@@ -12,13 +12,14 @@ class Autoencoder(nn.Module):
     """What the autoencoders share: images (n, channels, H, W) in [0, 1] to denoised images of the same shape.
 
     The buffers `recon_mu` and `recon_sigma` hold mean and standard deviation of the reconstruction error of clean
-    images (Eq. 2), NaN until `calibrate` measures them. `output`, the last layer, starts at zero. A `noise_std` above
-    0 is what the network is told of the noise (in [0, 1] pixels) where `forward` is given no other.
+    images (Eq. 2), NaN until `calibrate` measures them. `output`, the last layer, starts at zero. A network that
+    `reads_noise` has channels for its σ (in [0, 1] pixels): `noise_std`, where `forward` is given no other.
     """
 
     recon_mu: Tensor
     recon_sigma: Tensor
-    noise_std = 0.0
+    reads_noise = False
+    noise_std: float
 
     def __init__(self, name: str, channels: int, **sizes: int) -> None:
         super().__init__()
@@ -36,15 +37,26 @@ class Autoencoder(nn.Module):
         output.bias.data.zero_()
 
     def told(self, noise_std: float) -> None:
-        """Tell the network another strength of the noise, to which μ and σ no longer belong. ValueError unless told."""
+        """Tell the network another σ, to which μ and σ of the error no longer belong. ValueError unless it reads it."""
+        if not self.reads_noise:
+            raise ValueError(
+                f"this {self.architecture['name']} has no channels for the noise: it cannot be told {noise_std!r}"
+            )
         check_noise_std(noise_std)
-        self.architecture["noise_std"] = self.noise_std = noise_std
+        self.architecture["noise_std"] = self.noise_std = float(noise_std)
         self.recon_mu.fill_(torch.nan)
         self.recon_sigma.fill_(torch.nan)
 
     def with_noise(self, blocks: Tensor, noise_std: Tensor | None) -> Tensor:
-        """The channels `blocks`, behind a map of the noise where the network is told it: (n, 1, 1, 1), or the fixed."""
-        if not self.noise_std:
+        """`blocks` (n, …, h, w) behind channels that hold `noise_std` (n, 1, 1, 1), or where it is None the fixed one.
+
+        As they are for a network that does not read it. ValueError for a `noise_std` that it does not read, or of
+        another shape.
+        """
+        if noise_std is not None and (not self.reads_noise or noise_std.shape != (len(blocks), 1, 1, 1)):
+            needed = f"({len(blocks)}, 1, 1, 1)" if self.reads_noise else "none, as this network does not read it"
+            raise ValueError(f"noise_std has shape {tuple(noise_std.shape)}; needed: {needed}")
+        if not self.reads_noise:
             return blocks
         told = blocks.new_full((), self.noise_std) if noise_std is None else noise_std.to(blocks)
         return torch.cat([told.expand(len(blocks), self.channels, *blocks.shape[2:]), blocks], 1)
@@ -153,6 +165,7 @@ class ResidualUNet(Autoencoder):
     def __init__(self, channels: int = 3, depth: int = 3, width: int = 64, noise_std: float = 0.0) -> None:
         super().__init__("residual_unet", channels, depth=depth, width=width)
         if noise_std:
+            self.reads_noise = True
             self.told(noise_std)
         features = [width * 2**scale for scale in range(depth)]
         self.first = nn.Conv2d((5 if noise_std else 4) * channels, width, 3, padding=1)
@@ -197,9 +210,11 @@ def _residual_pair(width: int) -> nn.Sequential:
 class FFDNet(Autoencoder):
     """FFDNet (Zhang, Zuo, Zhang 2018): a denoiser of photographs that is told the noise; not in the paper.
 
-    The 2×2 blocks of the image become channels; `noise_std`, the noise that it is to take off (in [0, 1] pixels, fixed
-    here), comes as further ones; `depth` 3×3 convolutions of `width` features give the noise, which is subtracted.
+    The 2×2 blocks of the image become channels; `noise_std`, the noise that it is to take off (in [0, 1] pixels),
+    comes as further ones; `depth` 3×3 convolutions of `width` features give the noise, which is subtracted.
     """
+
+    reads_noise = True
 
     def __init__(self, noise_std: float = 0.1, channels: int = 3, depth: int = 12, width: int = 96) -> None:
         super().__init__("ffdnet", channels, depth=depth, width=width)
@@ -210,9 +225,9 @@ class FFDNet(Autoencoder):
             for _ in range(depth - 2)
             for layer in (nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
         ]
-        self.output = nn.Conv2d(width, 4 * channels, 3, padding=1, bias=False)
         first = nn.Conv2d(5 * channels, width, 3, padding=1, bias=False)
-        self.layers = nn.Sequential(first, nn.ReLU(), *inner, self.output)
+        last = nn.Conv2d(width, 4 * channels, 3, padding=1, bias=False)
+        self.layers = nn.Sequential(first, nn.ReLU(), *inner, last)
 
     def forward(self, x: Tensor, noise_std: Tensor | None = None) -> Tensor:
         self.check(x)

@@ -23,9 +23,9 @@ class PurifyConfig:
     - `step_rule`: "sign" moves each pixel by α against the gradient's sign; "adam" by Adam's rule with `betas`;
       "gradient" is Eq. 2 to the letter; "l2" moves by α a pixel in the mean square, along the gradient.
     - `schedule`: "constant" α, or "error": α(1 − exp(−((dist − μ)/σ)²)).
-    - `noise_std`: γ, noise before each step: "normal" N(0, 1), or "adaptive" as in the authors' script; or "once"
-      N(0, 1) before the first step alone, and with `direct` before the one pass, as in Denoised Smoothing (Salman et
-      al. 2020); these two are not in the paper.
+    - `noise_std`: γ, noise before each step; `noise_rule`: "normal" N(0, 1), "adaptive" as in the authors' script, or
+      "once" N(0, 1) before the first step alone (not in the paper). With `direct`, which has no rule but "normal", it
+      is noise before the one pass, as in Denoised Smoothing (Salman et al. 2020); not in the paper.
     - `resize`, `rotation`: factor and degrees of the transform before the first step; `random_transform` draws both
       uniformly between no change and so much either way; `transform_back` undoes it after the last step.
     """
@@ -62,7 +62,7 @@ class PurifyConfig:
         if not pair or not all(isinstance(beta, Real) and 0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas are {self.betas!r}; needed: two numbers of at least 0 and below 1")
         if self.direct and (self.transforms or self.noise_rule != "normal"):
-            raise ValueError("direct takes no steps, yet resize, rotation or another noise is given; leave one out")
+            raise ValueError("direct takes no steps, yet resize, rotation or a noise_rule is given; leave one out")
         if (self.random_transform or self.transform_back) and not self.transforms:
             raise ValueError("random_transform or transform_back is set, but resize is 1 and rotation 0: nothing to do")
 

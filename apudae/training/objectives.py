@@ -35,7 +35,7 @@ def train_dae(
 ) -> list[dict[str, float]]:
     """Train on Eq. 1: mse(DAE(x + σ·noise), x), σ ~ U[noise_std_min, noise_std_max] drawn for each image.
 
-    Images are never clipped after the noise, as in the equation. An autoencoder with a `noise_std` is told each σ.
+    Images are never clipped after the noise, as in the equation. An autoencoder that `reads_noise` is told each σ.
     `shift` and `flip` are those of `train_classifier`.
     With `patch`, x is a random square of so many pixels of each image, turned by 0 to 3 quarters; with `shrink`, too,
     of the image made 2, 3, … or `shrink` times smaller (the mean of k×k pixels, another k for each batch), without the
@@ -65,7 +65,7 @@ def train_dae(
         share = shared_draw(torch.rand, (len(x), 1, 1, 1), generator)
         noise_std = noise_std_min + (noise_std_max - noise_std_min) * share
         noise = noise_std * shared_draw(torch.randn, x.shape, generator)
-        told = (noise_std,) if getattr(bare(model), "noise_std", 0) else ()
+        told = (noise_std,) if getattr(bare(model), "reads_noise", False) else ()
         if classifier is None:
             return F.mse_loss(model(x + noise, *told), x)
         with frozen(classifier):
@@ -169,10 +169,10 @@ def _attacked(
 
 
 def _unconverted(dataset: Dataset) -> Dataset:
-    """`dataset`, of images in memory their bytes: a square is cut out of each before it becomes numbers."""
+    """`dataset`, with images that are held in memory as bytes: a square is cut out of each first, then converted."""
     if isinstance(dataset, Subset):
         return Subset(_unconverted(dataset.dataset), dataset.indices)
-    return TensorDataset(dataset.pixels, dataset.labels) if isinstance(dataset, TensorImages) else dataset
+    return TensorDataset(dataset.pixels, dataset.labels) if type(dataset) is TensorImages else dataset
 
 
 def _patches(x: Tensor, patch: int, shrink: int, generator: torch.Generator) -> Tensor:

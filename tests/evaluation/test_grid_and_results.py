@@ -132,6 +132,24 @@ def test_of_several_draws_the_mean_probability_decides():
     assert best_labels(Ranked(), few[:1], 10).equal(best_labels(Ranked(), few[0], 10))
     with pytest.raises(ValueError, match="labels"):
         accuracy(Ranked(), [shades(50), shades(50, 60)], y)
+    with pytest.raises(ValueError, match="there are no draws"):
+        accuracy(Ranked(), [], y)
+
+
+def test_one_draw_without_finite_logits_has_no_vote():
+    logits = {0.1: [2.0, 0.0], 0.2: [2.0, -torch.inf], 0.3: [0.0, torch.nan]}
+
+    class Read(torch.nn.Module):
+        def forward(self, x):
+            return torch.tensor([logits[round(shade, 1)] for shade in x[:, 0, 0, 0].tolist()])
+
+    def draw(shade):
+        return torch.full((1, 1, 2, 2), shade)
+
+    assert best_labels(Read(), [draw(0.1), draw(0.1)], 1).tolist() == [[0]]
+    for strange in (0.2, 0.3):
+        with pytest.warns(UserWarning, match="not finite"):
+            assert best_labels(Read(), [draw(0.1), draw(strange)], 1).tolist() == [[-1]]
 
 
 def test_images_that_were_wrong_at_first_can_be_left_out():

@@ -33,6 +33,10 @@ def test_line_ends_of_another_system_stay():
         (f"{GRAY} 15,16", "n = 16"),
         (f"{GRAY} 15 0.011", "n = 15 and α = 0.011"),
         (f"{GRAY} fifteen", "'fifteen'"),
+        (
+            'gray_box cifar10-jpeg.csv cifar10-jpeg/adversarial cifar10/residual_unet_10 ""',
+            "cifar10-jpeg.csv has no purifier before cifar10-jpeg/adversarial with cifar10/residual_unet_10",
+        ),
         (f"{GRAY} 15 small", "'small'"),
         (f"{GRAY} 15 0.01 top-2", "metric of mnist.csv 'top-2' is unknown; there is: top-1"),
         ("gray_box mnist.csv mnist/nobody mnist/dae", "classifier of mnist.csv 'mnist/nobody' is unknown; there is: "),

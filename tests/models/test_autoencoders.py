@@ -11,6 +11,7 @@ from torch.utils.data import TensorDataset
 from apudae import Purifier, load_model, recon_error
 from apudae.checkpoints import save_model
 from apudae.models import DAE, FFDNet, ResidualUNet, UNet, calibrate
+from apudae.models.denoisers import Denoiser
 from apudae.training import Recipe, train_dae
 
 
@@ -77,30 +78,47 @@ def test_ffdnet_is_told_a_noise_of_pixels():
 
 def test_a_told_unet_reads_the_noise_it_is_told(tmp_path):
     torch.manual_seed(0)
-    told = ResidualUNet(3, 2, 8, noise_std=0.1)
+    told, path = ResidualUNet(3, 2, 8, noise_std=0.1), tmp_path / "a@b" / ("long" * 25)
     nn.init.normal_(told.output.weight, std=0.1)
     calibrate(told, images(8, 3, 12, 12))
-    save_model(tmp_path / "told", told)
-    x, kept = images(2, 3, 9, 8), load_model(tmp_path / "told")
-    faint, again = load_model(f"{tmp_path}/told@5/255"), load_model(f"{tmp_path}/told@0.1")
-    assert kept.recon_mu == told.recon_mu
+    save_model(path, told)
+    x, kept = images(2, 3, 9, 8), load_model(path)
+    faint, again = load_model(f"{path}@5/255"), load_model(f"{path}@0.1")
+    assert kept.recon_mu == again.recon_mu == told.recon_mu
     assert faint.recon_mu.isnan()
-    assert again.recon_mu.isnan()
+    assert faint.recon_sigma.isnan()
     with torch.no_grad():
         assert kept(x).equal(again(x))
         assert (kept(x) - faint(x)).abs().max() > 1e-3
         each = kept(x, torch.tensor([0.1, 5 / 255]).view(2, 1, 1, 1))
         torch.testing.assert_close(each, torch.stack([kept(x)[0], faint(x)[1]]))
-    assert load_model(f"{tmp_path}/told@5/255").architecture["noise_std"] == 5 / 255
+    assert faint.architecture["noise_std"] == 5 / 255
     with pytest.raises(ValueError, match=r"σ is 50\.0; needed: above 0"):
-        load_model(f"{tmp_path}/told@50")
-    with pytest.raises(ValueError, match="mnist/dae is told no noise; needed: its name without the @"):
+        load_model(f"{path}@50")
+    with pytest.raises(ValueError, match="'…@strong' names no σ"):
+        load_model(f"{path}@strong")
+    with pytest.raises(ValueError, match="is unknown; there is"):
+        load_model(f"{path.parent}/missing")
+    with pytest.raises(ValueError, match="mnist/dae reads no noise; needed: its name without the @"):
         load_model("mnist/dae@0.1")
-    with pytest.raises(ValueError, match="checkpoint 'mnist/nothing' is unknown"):
+    with pytest.raises(ValueError, match=r"checkpoint 'mnist/nothing@0\.1' is unknown"):
         load_model("mnist/nothing@0.1")
 
 
-def test_training_tells_each_image_its_noise():
+def test_noise_that_is_not_read_or_does_not_fit_is_named():
+    x = images(4, 3, 8, 8)
+    for plain in (ResidualUNet(3, 2, 4), DAE(3, 2, 4)):
+        with pytest.raises(ValueError, match="has no channels for the noise"):
+            plain.told(0.1)
+    with pytest.raises(ValueError, match="needed: none, as this network does not read it"):
+        ResidualUNet(3, 2, 4)(x, torch.full((4, 1, 1, 1), 0.1))
+    for told in (ResidualUNet(3, 2, 4, noise_std=0.1), FFDNet(0.1, depth=3, width=4)):
+        with pytest.raises(ValueError, match=r"noise_std has shape \(4,\); needed: \(4, 1, 1, 1\)"):
+            told(x, torch.full((4,), 0.1))
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_training_tells_each_image_its_noise(guided):
     class Heard(ResidualUNet):
         def forward(self, x, noise_std=None):
             self.heard = x.detach(), noise_std
@@ -110,12 +128,25 @@ def test_training_tells_each_image_its_noise():
     grey = torch.full((64, 3, 16, 16), 0.5)
     network = Heard(3, 1, 4, noise_std=0.2)
     dataset = TensorDataset(grey, torch.zeros(64, dtype=torch.int64))
-    train_dae(network, dataset, Recipe(1, 64), noise_std_min=0.02, noise_std_max=0.2)
+    guide = {"classifier": nn.Sequential(nn.Flatten(), nn.Linear(768, 10))} if guided else {}
+    train_dae(network, dataset, Recipe(1, 64), noise_std_min=0.02, noise_std_max=0.2, **guide)
     noisy, noise_std = network.heard
     assert noise_std.shape == (64, 1, 1, 1)
     assert noise_std.min() < 0.05
     assert noise_std.max() > 0.15
     torch.testing.assert_close((noisy - 0.5).flatten(1).std(1), noise_std.flatten(), rtol=0.15, atol=0)
+
+
+def test_a_network_that_knows_a_noise_but_reads_none_trains_as_ever(tmp_path):
+    denoiser = Denoiser(nn.Bilinear(1, 1, 1), 0.1)
+    denoiser.denoised = lambda x: x + denoiser.network.bias
+    train_dae(denoiser, TensorDataset(images(4, 3, 8, 8), torch.zeros(4)), Recipe(2, 4), noise_std_max=0.1)
+    ffdnet = FFDNet(0.1, depth=3, width=4)  # which reads it, is kept between two steps
+    train_dae(
+        ffdnet, TensorDataset(images(4, 3, 8, 8), torch.zeros(4)), Recipe(2, 4), noise_std_max=0.1, run_dir=tmp_path
+    )
+    save_model(tmp_path / "ffdnet", ffdnet)
+    assert load_model(f"{tmp_path}/ffdnet@0.2").noise_std == 0.2
 
 
 def test_a_missing_ffdnet_is_named(monkeypatch):

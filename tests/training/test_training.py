@@ -591,12 +591,14 @@ class Seen(torch.nn.Module):
 
 
 @pytest.mark.parametrize("shrink", [1, 3])
-def test_squares_are_cut_from_bytes_as_from_numbers(shrink):
+def test_squares_are_cut_from_bytes_as_from_numbers(shrink, monkeypatch):
     """Every square is the mean of k×k pixels of a part of its image, turned by quarters, whatever holds the image."""
     pixels = np.random.default_rng(0).integers(0, 256, (6, 3, 20, 26), np.uint8)
     in_bytes = TensorImages(pixels, np.arange(6), [*"abcdef"])
-    in_numbers = TensorDataset(*stack(in_bytes))
+    full, labels = stack(in_bytes)
+    in_numbers = TensorDataset(full, labels)
     shown = []
+    monkeypatch.setattr(TensorImages, "__getitems__", lambda *_: pytest.fail("whole images became numbers"))
     for dataset in (in_bytes, Subset(in_bytes, range(6)), in_numbers):
         model = Seen()
         train_dae(model, dataset, Recipe(4, 6), noise_std_max=0.0, shrink=shrink, patch=6)
@@ -604,7 +606,7 @@ def test_squares_are_cut_from_bytes_as_from_numbers(shrink):
     assert shown[0].equal(shown[1])
     assert shown[0].equal(shown[2])
     assert shown[0].shape == (24, 3, 6, 6)
-    scales = [F.avg_pool2d(stack(in_bytes)[0], k, 1) for k in range(1, shrink + 1)]
+    scales = [F.avg_pool2d(full, k, 1) for k in range(1, shrink + 1)]
     for square in shown[0]:
         parts = [
             full[:, :, a : a + 6 * k : k, b : b + 6 * k : k]
