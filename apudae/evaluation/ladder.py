@@ -173,6 +173,7 @@ def attack_suite(
         *targeted("gray_apgd", "classifier", budget.apgd),
         SuiteAttack("transfer", "other", "pgd", settings["pgd"]),
         SuiteAttack("counter_attack_a", "dae", "bim", bim),
+        SuiteAttack("counter_attack_a_eot", "noisy_dae", "bim", bim),
         apgd("direct_apgd_ce", "dae", budget.apgd, loss="ce"),
         *targeted("direct_apgd", "dae", budget.apgd),
         *(

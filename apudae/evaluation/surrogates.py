@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from ..attacks import ClassifierWithReconstructionError
 from ..autograd import StraightThrough
 from ..contracts import check_whole
+from ..purification.config import PurifyConfig
 from ..purification.purifier import Purifier
 
 
@@ -98,6 +99,10 @@ def surrogates(
         through |= {"trajectory": Trajectory(purifier, classifier), "exact": nn.Sequential(exact, classifier)}
         if samples > 1:
             found["fixed"] = FixedNoise(through["exact"], exact)
+        if samples > 1 and purifier.config.noise_std:  # counter-attack A by who knows the noise
+            one_pass = PurifyConfig(direct=True, noise_std=purifier.config.noise_std)
+            noisy = Purifier(purifier.dae, one_pass, "exact", purifier.seed)
+            through["noisy_dae"] = nn.Sequential(noisy, classifier)
     elif purifier(probe.detach().clone().requires_grad_()).requires_grad:
         through["exact"] = found["black_box"]
     return found | ({name: EOT(model, samples) for name, model in through.items()} if samples > 1 else through)
