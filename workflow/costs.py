@@ -76,6 +76,7 @@ def suite_operations(
         of |= {"trajectory": (draws * (purified + once * (taken + 1)), draws * taken)}
         of |= {"exact": (draws * exact, draws * EXACT * taken), "black_box": (purified + classifier, taken)}
         of |= {"fixed": (exact, EXACT * taken)} if config.is_random else {}
+        of |= {"noisy_dae": (draws * direct[0], draws)} if config.noise_std else {}
     gray, total = ["fgsm", "r_fgsm", "bim", "pgd"], [0.0, 0.0]
     for each in attack_suite(attack_settings(dataset, ["bim", "pgd", *gray]), budget, gray):
         if each.surrogate in of:
