@@ -55,9 +55,8 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> nn.Modul
     check_device(device)
     if is_pretrained(str(name)):
         return pretrained(str(name)).to(device, memory_format=torch.channels_last)
-    places = [CHECKPOINTS / name, Path(name), ROOT / name]  # shipped; from the working folder; from the repository
-    path = next((place for place in places if os.path.isfile(_file(place, "json"))), places[0])
-    if not os.path.isfile(_file(path, "json")):  # nor for a name that no file can have
+    path = _found(name)
+    if path is None:
         return _told(str(name), device)
     described, weights = _read_sidecar(_file(path, "json")), _file(path, "safetensors")
     if not weights.is_file():
@@ -81,10 +80,16 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> nn.Modul
     return model.to(device, memory_format=layout).eval()
 
 
+def _found(name: str | Path) -> Path | None:
+    """The checkpoint `name`: shipped, from the working folder or from the repository; None where it is not."""
+    places = CHECKPOINTS / name, Path(name), ROOT / name
+    return next((place for place in places if os.path.isfile(_file(place, "json"))), None)  # any text is a name here
+
+
 def _told(name: str, device: str | torch.device) -> nn.Module:
     """The checkpoint before the last @ of `name`, told the noise after it. ValueError where there is none."""
     kept, mark, _ = name.rpartition("@")
-    if not mark or not any(os.path.isfile(_file(place / kept, "json")) for place in (CHECKPOINTS, Path(), ROOT)):
+    if not mark or _found(kept) is None:
         check_known("checkpoint", name[:100], [*checkpoint_names(), *PRETRAINED])
     model = load_model(kept, device)
     noise_std = split_number("…" + name[len(kept) :], "σ", "…@0.1 or …@25/255")[1]

@@ -99,7 +99,7 @@ def surrogates(
         through |= {"trajectory": Trajectory(purifier, classifier), "exact": nn.Sequential(exact, classifier)}
         if samples > 1:
             found["fixed"] = FixedNoise(through["exact"], exact)
-        if samples > 1 and purifier.config.noise_std:  # counter-attack A by who knows the noise
+        if purifier.config.noise_std:  # counter-attack A by who knows the noise
             one_pass = PurifyConfig(direct=True, noise_std=purifier.config.noise_std)
             noisy = Purifier(purifier.dae, one_pass, "exact", purifier.seed)
             through["noisy_dae"] = nn.Sequential(noisy, classifier)
