@@ -37,9 +37,9 @@ def train_dae(
 
     Images are never clipped after the noise, as in the equation. An autoencoder that `reads_noise` is told each σ.
     `shift` and `flip` are those of `train_classifier`.
-    With `patch`, x is a random square of so many pixels of each image, turned by 0 to 3 quarters; with `shrink`, too,
-    of the image made 2, 3, … or `shrink` times smaller (the mean of k×k pixels, another k for each batch), without the
-    traces that JPEG leaves.
+    With `patch`, x is a random square of so many pixels of each image, turned by 0 to 3 quarters (upright where a
+    `classifier` reads it); with `shrink`, too, of the image made 2, 3, … or `shrink` times smaller (the mean of k×k
+    pixels, another k for each batch), without the traces that JPEG leaves.
     With a `classifier` (not in the paper), `stability` times its cross-entropy on denoised images is added, its own
     verdict on the clean image as the label (Denoised Smoothing, Salman et al. 2020); and with an `epsilon` every other
     image, by chance, is attacked before the noise, two steps of PGD on that classifier (as Liao et al. 2018 train).
@@ -61,7 +61,8 @@ def train_dae(
         raise ValueError(f"epsilon is {epsilon}, without a classifier to attack; give one")
 
     def loss(model: nn.Module, x: Tensor, _: Tensor, generator: torch.Generator) -> Tensor:
-        x = _augmented(_patches(x, patch, shrink, generator) if patch else x, shift, flip, generator)
+        x = _patches(x, patch, shrink, classifier is None, generator) if patch else x
+        x = _augmented(x, shift, flip, generator)
         share = shared_draw(torch.rand, (len(x), 1, 1, 1), generator)
         noise_std = noise_std_min + (noise_std_max - noise_std_min) * share
         noise = noise_std * shared_draw(torch.randn, x.shape, generator)
@@ -175,11 +176,13 @@ def _unconverted(dataset: Dataset) -> Dataset:
     return TensorDataset(dataset.pixels, dataset.labels) if type(dataset) is TensorImages else dataset
 
 
-def _patches(x: Tensor, patch: int, shrink: int, generator: torch.Generator) -> Tensor:
-    """A random square of each image, made up to `shrink` times smaller and turned by a random number of quarters."""
+def _patches(x: Tensor, patch: int, shrink: int, turn: bool, generator: torch.Generator) -> Tensor:
+    """A random square of each image, made up to `shrink` times smaller; with `turn`, by a random number of quarters."""
     factor = int(torch.randint(2, shrink + 1, (), generator=generator, device=x.device)) if shrink > 1 else 1
     x = _cut(x, factor * patch, factor * patch, generator)
     x = F.avg_pool2d(x if x.is_floating_point() else x.float() / 255, factor)
+    if not turn:
+        return x
     quarters = shared_draw(partial(torch.randint, 0, 4), (len(x),), generator)
     turned = torch.stack([x.rot90(quarter, (2, 3)) for quarter in range(4)])
     return turned[quarters, torch.arange(len(x), device=x.device)]
