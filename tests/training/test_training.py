@@ -590,18 +590,21 @@ class Seen(torch.nn.Module):
         return x + self.weight
 
 
-@pytest.mark.parametrize("shrink", [1, 3])
-def test_squares_are_cut_from_bytes_as_from_numbers(shrink, monkeypatch):
-    """Every square is the mean of k×k pixels of a part of its image, turned by quarters, whatever holds the image."""
+@pytest.mark.parametrize(("shrink", "guided"), [(1, False), (3, False), (1, True)])
+def test_squares_are_cut_from_bytes_as_from_numbers(shrink, guided, monkeypatch):
+    """Every square is the mean of k×k pixels of a part of its image, whatever holds the image.
+
+    It is turned by quarters, unless a classifier reads it.
+    """
     pixels = np.random.default_rng(0).integers(0, 256, (6, 3, 20, 26), np.uint8)
     in_bytes = TensorImages(pixels, np.arange(6), [*"abcdef"])
     full, labels = stack(in_bytes)
     in_numbers = TensorDataset(full, labels)
-    shown = []
+    shown, guide = [], torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(108, 2)) if guided else None
     monkeypatch.setattr(TensorImages, "__getitems__", lambda *_: pytest.fail("whole images became numbers"))
     for dataset in (in_bytes, Subset(in_bytes, range(6)), in_numbers):
         model = Seen()
-        train_dae(model, dataset, Recipe(4, 6), noise_std_max=0.0, shrink=shrink, patch=6)
+        train_dae(model, dataset, Recipe(4, 6), noise_std_max=0.0, shrink=shrink, patch=6, classifier=guide)
         shown.append(torch.cat(model.shown))
     assert shown[0].equal(shown[1])
     assert shown[0].equal(shown[2])
@@ -614,7 +617,7 @@ def test_squares_are_cut_from_bytes_as_from_numbers(shrink, monkeypatch):
             for a in range(full.shape[2] - 6 * k + k)
             for b in range(full.shape[3] - 6 * k + k)
         ]
-        turned = [square.rot90(quarter, (1, 2)) for quarter in range(4)]
+        turned = [square.rot90(quarter, (1, 2)) for quarter in range(1 if guided else 4)]
         assert min((torch.cat(parts) - each).abs().amax((1, 2, 3)).min() for each in turned) < 1e-6
 
 
