@@ -53,10 +53,10 @@ def accuracy(model: nn.Module, x: Tensor | Sequence[Tensor], y: Tensor, *, clean
 
 
 def counted(hits: dict[str, Tensor], before: dict[str, Tensor]) -> Accuracy:
-    """The `accuracy` of what `right` says of images, and said `before` the attack, of those that stand in both."""
+    """The `accuracy` of `hits`, what `right` says of images; few classes do not ask what it said `before` the attack."""
     counts = {name: Accuracy(int(hit.sum()), len(hit)) for name, hit in hits.items()}
     for name, first in before.items():
-        if first.any():
+        if len(hits) > 1 and first.any():
             counts[f"{name} of right"] = Accuracy(int((hits[name] & first).sum()), int(first.sum()))
     first = counts.pop("top-1")
     return Accuracy(first.correct, first.n, counts)
