@@ -61,7 +61,7 @@ def train_dae(
         raise ValueError(f"epsilon is {epsilon}, without a classifier to attack; give one")
 
     def loss(model: nn.Module, x: Tensor, _: Tensor, generator: torch.Generator) -> Tensor:
-        x = _patches(x, patch, shrink, classifier is None, generator) if patch else x
+        x = _patches(x, patch, shrink, generator, turn=classifier is None) if patch else x
         x = _augmented(x, shift, flip, generator)
         share = shared_draw(torch.rand, (len(x), 1, 1, 1), generator)
         noise_std = noise_std_min + (noise_std_max - noise_std_min) * share
@@ -176,7 +176,7 @@ def _unconverted(dataset: Dataset) -> Dataset:
     return TensorDataset(dataset.pixels, dataset.labels) if type(dataset) is TensorImages else dataset
 
 
-def _patches(x: Tensor, patch: int, shrink: int, turn: bool, generator: torch.Generator) -> Tensor:
+def _patches(x: Tensor, patch: int, shrink: int, generator: torch.Generator, turn: bool = True) -> Tensor:
     """A random square of each image, made up to `shrink` times smaller; with `turn`, by a random number of quarters."""
     factor = int(torch.randint(2, shrink + 1, (), generator=generator, device=x.device)) if shrink > 1 else 1
     x = _cut(x, factor * patch, factor * patch, generator)
