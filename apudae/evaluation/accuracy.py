@@ -53,7 +53,10 @@ def accuracy(model: nn.Module, x: Tensor | Sequence[Tensor], y: Tensor, *, clean
 
 
 def counted(hits: dict[str, Tensor], before: dict[str, Tensor]) -> Accuracy:
-    """The `accuracy` of `hits`, what `right` says of images, and of what it said `before` the attack, if any asks."""
+    """The `accuracy` of `hits`, what `right` says of images; `before` is what it said of them before the attack.
+
+    Of fewer than 100 classes no metric asks for that.
+    """
     counts = {name: Accuracy(int(hit.sum()), len(hit)) for name, hit in hits.items()}
     for name, first in before.items():
         if len(hits) > 1 and first.any():

@@ -11,7 +11,7 @@ from conftest import images, linear_classifier, tiny_dae
 
 from apudae import PRESETS, attacks
 from apudae.batching import in_batches
-from apudae.evaluation.accuracy import Accuracy, accuracy, best_labels, captions, predict
+from apudae.evaluation.accuracy import Accuracy, accuracy, best_labels, captions, counted, predict
 from apudae.evaluation.grid import purified_rows, run_attack
 from apudae.evaluation.results import IDENTITY, MAYBE, merge_results, read_results, record, result_row
 from apudae.evaluation.tables import published
@@ -159,6 +159,11 @@ def test_images_that_were_wrong_at_first_can_be_left_out():
     assert right == {"top-1 of right": (1, 2), "top-5 of right": (3, 3), "top-10 of right": (3, 3)}
     none = accuracy(Ranked(), shades(50), y[:1], clean=shades(70)).others
     assert list(none) == ["top-5", "top-10"]
+
+
+def test_few_classes_have_no_figure_of_those_right_before():
+    hits, before = {"top-1": torch.tensor([True, False])}, {"top-1": torch.tensor([True, True])}
+    assert counted(hits, before) == Accuracy(1, 2)
 
 
 @pytest.mark.parametrize(("name", "passes"), [("A", 7), ("B", 16), ("F", 16)])
