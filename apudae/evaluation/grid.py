@@ -1,7 +1,7 @@
 """Attack × purifier: every attack in batches, every purifier on the images of every attack, rows of both."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks import ATTACKS, parse_spec
-from ..batching import in_batches
-from ..contracts import as_generator, check_known
+from ..batching import in_batches, progress
+from ..contracts import as_generator, check_known, check_whole
 from ..files import fingerprint, load_tensors, save_tensors
 from ..purification.config import PurifyConfig
 from ..purification.purifier import Purifier
@@ -127,6 +127,39 @@ def purified_rows(
             purified[attack, purifier] = result
         purified = purified if images else {}
     return purified, rows
+
+
+def right_of_draws(
+    model: nn.Module,
+    dae: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    config: PurifyConfig,
+    counts: Sequence[int],
+    /,
+    *,
+    seed: int = 0,
+    batch_size: int = 50,
+    bfloat16: bool = False,
+) -> dict[tuple[int, str], dict[str, Tensor]]:
+    """Which images are `right` after a random purifier is drawn k times, for each k of `counts` and both ways on.
+
+    (k, "mean"): the mean of the k purified images is classified. (k, "vote"): each is, and the mean of their
+    probabilities decides; of one draw, which is both, there is the vote alone. Draw i is `purify` with `seed` + i. The
+    draws of `batch_size` images are held at a time.
+    """
+    check_whole(1, **{f"draws {k}": k for k in counts})
+    hits: dict[tuple[int, str], list[dict[str, Tensor]]] = {}
+    for ids in progress(torch.arange(len(x)).split(batch_size), desc=f"{max(counts)} draws"):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bfloat16):
+            drawn = [Purifier(dae, config, seed=seed + i)(x[ids], ids) for i in range(max(counts))]
+        for k in counts:
+            ways = ({"mean": torch.stack(drawn[:k]).mean(0)} if k > 1 else {}) | {"vote": drawn[:k]}
+            for way, images in ways.items():
+                hits.setdefault((k, way), []).append(right(model, images, y[ids]))
+    return {
+        of: {metric: torch.cat([hit[metric] for hit in found]) for metric in found[0]} for of, found in hits.items()
+    }
 
 
 def _gone_on_from(

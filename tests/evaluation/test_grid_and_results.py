@@ -9,10 +9,10 @@ import pytest
 import torch
 from conftest import images, linear_classifier, tiny_dae
 
-from apudae import PRESETS, attacks
+from apudae import PRESETS, PurifyConfig, attacks
 from apudae.batching import in_batches
-from apudae.evaluation.accuracy import Accuracy, accuracy, best_labels, captions, counted, predict
-from apudae.evaluation.grid import purified_rows, run_attack
+from apudae.evaluation.accuracy import Accuracy, accuracy, best_labels, captions, counted, predict, right
+from apudae.evaluation.grid import purified_rows, right_of_draws, run_attack
 from apudae.evaluation.results import IDENTITY, MAYBE, merge_results, read_results, record, result_row
 from apudae.evaluation.tables import published
 from apudae.purification import purify
@@ -134,6 +134,23 @@ def test_of_several_draws_the_mean_probability_decides():
         accuracy(Ranked(), [shades(50), shades(50, 60)], y)
     with pytest.raises(ValueError, match="there are no draws"):
         accuracy(Ranked(), [], y)
+
+
+def test_draws_of_many_images_are_those_of_all_at_once(dae, classifier, digits):
+    """By the mean image and by vote; a part of the images has the same draws, whatever the parts are."""
+    (x, y), config = (tensor[:7] for tensor in digits), PurifyConfig(direct=True, noise_std=0.6)
+    found = right_of_draws(classifier, dae, x, y, config, [1, 3], seed=5, batch_size=3)
+    drawn = [purify(dae, x, config, seed=5 + i) for i in range(3)]
+    wanted = {(1, "vote"): drawn[:1], (3, "mean"): torch.stack(drawn).mean(0), (3, "vote"): drawn}
+    assert found.keys() == wanted.keys()
+    for of, made in wanted.items():
+        assert found[of]["top-1"].equal(right(classifier, made, y)["top-1"]), of
+    assert not all(hits["top-1"].all() for hits in found.values()), "strong noise: some are wrong"
+    many = right_of_draws(Ranked(), torch.nn.Identity(), shades(50, 52, 70), torch.tensor([50] * 3), config, [2])
+    assert {metric: hits.shape for metric, hits in many[2, "vote"].items()} == dict.fromkeys(many[2, "mean"], (3,))
+    assert len(many[2, "mean"]) == 3
+    with pytest.raises(ValueError, match="draws 0 is 0"):
+        right_of_draws(classifier, dae, x, y, config, [0])
 
 
 def test_one_draw_without_finite_logits_has_no_vote():
