@@ -113,6 +113,13 @@ def test_no_traces_of_progress_bars(cells):
     assert not [text for text in said if "\r" in text or not text.strip() or "%|" in text]
 
 
+def test_nothing_red_and_no_table_wider_than_the_page(cells):
+    said = [output for cell in code(cells) for output in cell.outputs if output.output_type == "stream"]
+    assert not [output.text[:200] for output in said if output.name == "stderr"]
+    lines = "".join(output.text for output in said).splitlines()
+    assert not [line for line in lines if len(line) > 130 and re.search(r"\S {2,}\S", line)]
+
+
 def test_no_paths_of_this_machine(cells):
     for cell in cells:
         outputs = [
