@@ -158,7 +158,7 @@ def scale() -> str:
     entry, shape = look_up("imagenet"), (3, 224, 224)
     classifier, dae = (forward_operations(load_model(name), shape) for name in (entry.classifier, entry.dae))
     rows = read_results(RESULTS / "imagenet.csv").query("purifier == 'A' and steps == 15 and metric == 'top-1'")
-    rows = rows[(rows.device == "cpu, bfloat16") & (rows.n >= 100)]
+    rows = rows[(rows.dae == entry.dae) & (rows.device == "cpu, bfloat16") & (rows.n >= 100)]
     measured = (rows.seconds / rows.n).median()
     core = 2 * dae * 15 / measured
     suites = {name: suite_operations("imagenet", name, 15, classifier, dae)[0] for name in ("none", *PRESETS)}
