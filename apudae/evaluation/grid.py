@@ -145,10 +145,11 @@ def right_of_draws(
     """Which images are `right` after a random purifier is drawn k times, for each k of `counts` and both ways on.
 
     (k, "mean"): the mean of the k purified images is classified. (k, "vote"): each is, and the mean of their
-    probabilities decides; of one draw, which is both, there is the vote alone. Draw i is `purify` with `seed` + i. The
-    draws of `batch_size` images are held at a time.
+    probabilities decides; for k = 1 both are the same, and the vote alone comes back. Draw i is `purify` with `seed`
+    + i. The draws of `batch_size` images are held at a time. ValueError for no count, and for one below 1.
     """
-    check_whole(1, **{f"draws {k}": k for k in counts})
+    check_whole(1, **{"the number of counts": len(counts)}, **{f"draws {k}": k for k in counts})
+    counts = sorted({*counts})
     hits: dict[tuple[int, str], list[dict[str, Tensor]]] = {}
     for ids in progress(torch.arange(len(x)).split(batch_size), desc=f"{max(counts)} draws"):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bfloat16):

@@ -139,7 +139,7 @@ def test_of_several_draws_the_mean_probability_decides():
 def test_draws_of_many_images_are_those_of_all_at_once(dae, classifier, digits):
     """By the mean image and by vote; a part of the images has the same draws, whatever the parts are."""
     (x, y), config = (tensor[:7] for tensor in digits), PurifyConfig(direct=True, noise_std=0.6)
-    found = right_of_draws(classifier, dae, x, y, config, [1, 3], seed=5, batch_size=3)
+    found = right_of_draws(classifier, dae, x, y, config, [3, 1, 3], seed=5, batch_size=3)
     drawn = [purify(dae, x, config, seed=5 + i) for i in range(3)]
     wanted = {(1, "vote"): drawn[:1], (3, "mean"): torch.stack(drawn).mean(0), (3, "vote"): drawn}
     assert found.keys() == wanted.keys()
@@ -151,6 +151,8 @@ def test_draws_of_many_images_are_those_of_all_at_once(dae, classifier, digits):
     assert len(many[2, "mean"]) == 3
     with pytest.raises(ValueError, match="draws 0 is 0"):
         right_of_draws(classifier, dae, x, y, config, [0])
+    with pytest.raises(ValueError, match="the number of counts is 0"):
+        right_of_draws(classifier, dae, x, y, config, [])
 
 
 def test_one_draw_without_finite_logits_has_no_vote():
